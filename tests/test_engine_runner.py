@@ -1,0 +1,190 @@
+"""Runner and engine with a stand-in for the model: order of plans, what is asked of the model, steps in flight."""
+
+from collections import deque
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from tpdist.control.messages import Generate, SequenceStart, SlotBlocks, SlotWork, StepPlan, TokenOutput
+from tpdist.engine.engine import Engine, LocalExecutor
+from tpdist.engine.kv_cache import allocate
+from tpdist.engine.runner import PlanGapError, Runner
+from tpdist.engine.scheduler import Scheduler, StepResult
+from tpdist.layers.attention import AttentionContext
+from tpdist.parallel.group import RankGroup, SingleGroup
+from tpdist.sampling_params import SamplingParams
+
+VOCAB_SIZE = 50
+CPU = torch.device("cpu")
+
+
+class NextToken:
+    """A model whose greedy answer counts upwards; it remembers for what it was asked logits."""
+
+    def __init__(self, *, sampling_rank: bool = True) -> None:
+        self.sampling_rank = sampling_rank
+        self.asked: list[Tensor] = []
+
+    def __call__(
+        self,
+        token_ids: Tensor,
+        *,
+        positions: Tensor,
+        attention: AttentionContext,
+        caches: Sequence[tuple[Tensor, ...]],
+    ) -> Tensor:
+        assert token_ids.shape == positions.shape == attention.slot_mapping.shape
+        return token_ids.unsqueeze(1)
+
+    def logits(self, hidden: Tensor) -> Tensor | None:
+        self.asked.append(hidden)
+        if not self.sampling_rank:
+            return None
+        return torch.nn.functional.one_hot((hidden[:, 0] + 1) % VOCAB_SIZE, VOCAB_SIZE).float()
+
+
+class SecondOfTwo(SingleGroup):
+    """Rank 1 of 2, which is told that the sampled token is 33."""
+
+    def __init__(self) -> None:
+        RankGroup.__init__(self, rank=1, size=2)
+
+    def broadcast(self, x: Tensor) -> Tensor:
+        return x.fill_(33)
+
+
+def runner(model: NextToken, *, group: RankGroup | None = None) -> Runner:
+    cache = allocate([], num_blocks=20, block_size=4, dtype=torch.float32, device=CPU)
+    return Runner(
+        model, group=group or SingleGroup(), cache=cache, max_num_seqs=4, max_model_len=64, epoch=3, device=CPU
+    )
+
+
+def scheduler(**changes: int) -> Scheduler:
+    sizes = {"num_blocks": 20, "block_size": 4, "max_num_seqs": 4, "max_num_batched_tokens": 8, "max_model_len": 64}
+    return Scheduler(**(sizes | changes), vocab_size=VOCAB_SIZE, epoch=3)
+
+
+def request(name: str, prompt: Sequence[int], *, max_tokens: int = 4) -> Generate:
+    sampling = SamplingParams(max_tokens=max_tokens, temperature=0)
+    return Generate(request_id=name, prompt_token_ids=tuple(prompt), sampling=sampling)
+
+
+def run(engine: Engine) -> list[TokenOutput]:
+    outputs: list[TokenOutput] = []
+    while (step := engine.step()) is not None:
+        outputs.extend(step.outputs)
+    return outputs
+
+
+def prefill(step: int, *, epoch: int = 3, sample: bool = True) -> StepPlan:
+    start = SequenceStart(0, bytes(8), 2, 0, SamplingParams(temperature=0), ())
+    work = SlotWork(0, 0, 2, True) if sample else SlotWork(0, 0, 1, False)
+    return StepPlan(epoch=epoch, step=step, start=(start,), blocks=(SlotBlocks(0, (0,)),), work=(work,))
+
+
+@pytest.mark.parametrize(("epoch", "step"), [(3, 2), (3, 0), (4, 1), (2, 1)])
+def test_a_plan_that_is_not_the_next_one_is_refused_with_both_numbers(epoch: int, step: int) -> None:
+    wrong = f"step {step} in epoch {epoch}, but step 1 in epoch 3 is next"
+    with pytest.raises(PlanGapError, match=wrong):
+        runner(NextToken()).execute(prefill(step, epoch=epoch))
+
+
+def test_a_chunk_that_does_not_end_the_prompt_asks_for_no_logits() -> None:
+    model = NextToken()
+    assert runner(model).execute(prefill(1, sample=False)) == StepResult(1, ())
+    assert model.asked == []
+
+
+def test_logits_are_asked_for_the_last_token_of_each_sequence_only() -> None:
+    model = NextToken()
+    engine = Engine(scheduler(), LocalExecutor(runner(model)))
+    engine.add(request("a", [1, 2, 3]))
+    engine.add(request("b", [5, 6]))
+    engine.step()
+    assert [len(hidden) for hidden in model.asked] == [2]
+
+
+def test_a_rank_that_does_not_sample_goes_on_from_the_broadcast_token() -> None:
+    model = NextToken(sampling_rank=False)
+    second = runner(model, group=SecondOfTwo())
+    assert second.execute(prefill(1)) is None
+    decode = StepPlan(epoch=3, step=2, work=(SlotWork(0, 2, 1, True),))
+    assert second.execute(decode) is None
+    assert [hidden.tolist() for hidden in model.asked] == [[[0]], [[33]]]
+
+
+def test_warming_up_leaves_no_trace_in_the_slots() -> None:
+    warm = runner(NextToken())
+    warm.warm_up(10_000)
+    engine = Engine(scheduler(), LocalExecutor(warm))
+    engine.add(request("a", [1, 2, 3]))
+    assert [token for output in run(engine) for token in output.token_ids] == [4, 5, 6, 7]
+
+
+def test_the_engine_returns_nothing_when_it_is_idle() -> None:
+    engine = Engine(scheduler(), LocalExecutor(runner(NextToken())))
+    assert engine.step() is None
+    assert not engine.has_work
+
+
+def test_requests_that_come_and_go_between_steps_get_their_answers() -> None:
+    engine = Engine(scheduler(), LocalExecutor(runner(NextToken())))
+    engine.add(request("a", range(10), max_tokens=3))
+    engine.add(request("gone", [1]))
+    engine.step()
+    engine.abort("gone")
+    engine.abort("never was there")
+    engine.add(request("b", [20], max_tokens=2))
+    outputs = run(engine)
+    assert [output.token_ids[0] for output in outputs if output.request_id == "a"] == [10, 11, 12]
+    assert [output.token_ids[0] for output in outputs if output.request_id == "b"] == [21, 22]
+    assert [output.finish_reason for output in outputs].count("length") == 2
+    assert engine.stats().kv_cache_usage == 0
+
+
+def test_each_plan_is_sent_to_the_other_ranks_before_this_rank_runs_it() -> None:
+    sent: list[int] = []
+    local = runner(NextToken())
+
+    def send(plan: StepPlan) -> None:
+        assert local.step == plan.step - 1
+        sent.append(plan.step)
+
+    engine = Engine(scheduler(), LocalExecutor(local, send=send))
+    engine.add(request("a", [1], max_tokens=3))
+    run(engine)
+    assert sent == [1, 2, 3]
+
+
+class TwoInFlight:
+    """An executor that holds back results until they are collected, as a pipeline does."""
+
+    max_in_flight = 2
+
+    def __init__(self, local: Runner) -> None:
+        self.local = local
+        self.results: deque[StepResult | None] = deque()
+        self.most = 0
+
+    def submit(self, plan: StepPlan) -> None:
+        self.results.append(self.local.execute(plan))
+        self.most = max(self.most, len(self.results))
+
+    def collect(self) -> StepResult:
+        result = self.results.popleft()
+        assert result is not None
+        return result
+
+
+def test_with_two_steps_in_flight_two_sequences_take_turns() -> None:
+    executor = TwoInFlight(runner(NextToken()))
+    engine = Engine(scheduler(max_num_batched_tokens=4), executor)
+    engine.add(request("a", [1, 2, 3, 4]))
+    engine.add(request("b", [11, 12, 13, 14]))
+    outputs = run(engine)
+    assert executor.most == 2
+    for name, expected in (("a", [5, 6, 7, 8]), ("b", [15, 16, 17, 18])):
+        assert [output.token_ids[0] for output in outputs if output.request_id == name] == expected

@@ -1,0 +1,217 @@
+"""`LLM` and `tpdist generate`: a model inside a program and on the terminal, with real ranks as child processes."""
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from checkpoints import make_checkpoint, reference_tokens
+from transformers import PreTrainedTokenizerFast
+
+from tpdist import LLM, SamplingParams
+from tpdist.errors import CheckpointError, LostError, PlanError, RequestError, SettingsError
+
+pytestmark = [pytest.mark.e2e, pytest.mark.slow]
+
+NUM_TOKENS = 10
+CONTEXT = 128
+PROMPTS = [[9], [3, 1, 4, 1, 5], [(11 * index) % 256 for index in range(50)]]
+GREEDY = SamplingParams(max_tokens=NUM_TOKENS, temperature=0, ignore_eos=True)
+SMALL = {"device": "cpu", "threads": 1, "kv_cache_memory_bytes": "4MiB"}
+END_S = 60.0
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(
+        tmp_path_factory.mktemp("model"), tokenizer=True, num_hidden_layers=2, max_position_embeddings=CONTEXT
+    )
+
+
+@pytest.fixture(scope="module")
+def expected(model: Path) -> list[list[int]]:
+    return reference_tokens(model, PROMPTS, NUM_TOKENS)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No child process, and no run folder, outlives its LLM."""
+    for name in [name for name in os.environ if name.startswith(("TPDIST_", "MISTRALRS_"))]:
+        monkeypatch.delenv(name)
+    before = set(psutil.Process().children(recursive=True))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    yield
+    left = set(psutil.Process().children(recursive=True)) - before
+    assert not [child for child in left if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
+    assert not list(tmp_path.glob("tpdist-*"))
+
+
+@pytest.fixture(scope="module")
+def two_ranks(model: Path) -> Iterator[LLM]:
+    """One LLM for all tests that do not end it."""
+    with LLM(model, tensor_parallel_size=2, **SMALL) as llm:
+        yield llm
+
+
+def tokens(llm: LLM, prompts: Any, sampling: SamplingParams = GREEDY) -> list[list[int]]:
+    return [list(output.outputs[0].token_ids) for output in llm.generate(prompts, sampling)]
+
+
+def test_one_rank_and_then_another_llm_equal_transformers(model: Path, expected: list[list[int]]) -> None:
+    for _ in range(2):
+        with LLM(model, **SMALL) as llm:
+            assert tokens(llm, PROMPTS) == expected
+
+
+def test_two_ranks_equal_transformers(two_ranks: LLM, expected: list[list[int]]) -> None:
+    assert tokens(two_ranks, PROMPTS) == expected
+    assert [tokens(two_ranks, prompt)[0] for prompt in PROMPTS] == expected
+
+
+def test_strings_are_their_tokens(two_ranks: LLM, model: Path) -> None:
+    texts = ["Hello", "Grüße, 世界"]
+    outputs = two_ranks.generate(texts, GREEDY)
+    assert [output.prompt for output in outputs] == texts
+    ids = [output.prompt_token_ids for output in outputs]
+    assert [output.outputs[0].token_ids for output in outputs] == reference_tokens(model, ids, NUM_TOKENS)
+    assert [output.outputs[0].finish_reason for output in outputs] == ["length", "length"]
+    assert two_ranks.generate(texts[0], GREEDY)[0].outputs[0].text == outputs[0].outputs[0].text
+
+
+def test_each_prompt_may_have_its_own_sampling(two_ranks: LLM, expected: list[list[int]]) -> None:
+    lengths = [1, 3, NUM_TOKENS]
+    sampling = [SamplingParams(max_tokens=length, temperature=0, ignore_eos=True) for length in lengths]
+    outputs = two_ranks.generate(PROMPTS, sampling)
+    assert [output.outputs[0].token_ids for output in outputs] == [
+        continuation[:length] for continuation, length in zip(expected, lengths, strict=True)
+    ]
+
+
+def test_a_prompt_that_is_too_long_is_refused_with_the_numbers(two_ranks: LLM, expected: list[list[int]]) -> None:
+    with pytest.raises(RequestError, match=f"{CONTEXT + 1}.*{CONTEXT}"):
+        two_ranks.generate([[1] * (CONTEXT + 1)], GREEDY)
+    assert tokens(two_ranks, PROMPTS) == expected
+
+
+@pytest.mark.parametrize("prompt", [[], [300], [-1], [2**40]])
+def test_token_ids_that_the_model_does_not_have_are_refused_and_the_llm_goes_on(
+    two_ranks: LLM, expected: list[list[int]], prompt: list[int]
+) -> None:
+    with pytest.raises(RequestError, match="token"):
+        two_ranks.generate([prompt], GREEDY)
+    assert tokens(two_ranks, PROMPTS) == expected
+
+
+def test_an_answer_ends_where_the_context_does(two_ranks: LLM) -> None:
+    sampling = SamplingParams(max_tokens=10_000, temperature=0, ignore_eos=True)
+    (output,) = two_ranks.generate([PROMPTS[1]], sampling)
+    assert len(PROMPTS[1]) + len(output.outputs[0].token_ids) == CONTEXT
+    assert output.outputs[0].finish_reason == "length"
+
+
+def test_more_prompts_than_the_cache_holds_are_all_answered(model: Path) -> None:
+    """Sequences wait, and lose their blocks and are computed again; the answers are those of each prompt alone."""
+    prompts = [[index, *range(20)] for index in range(12)]
+    sampling = SamplingParams(max_tokens=40, temperature=0, ignore_eos=True)
+    with LLM(model, **{**SMALL, "kv_cache_memory_bytes": 2 * 1024 * 80, "block_size": 4}) as llm:
+        together = tokens(llm, prompts, sampling)
+        assert together == [tokens(llm, [prompt], sampling)[0] for prompt in prompts]
+
+
+def test_stop_strings_end_an_answer(two_ranks: LLM) -> None:
+    text = two_ranks.generate("Hello", GREEDY)[0].outputs[0].text
+    sampling = SamplingParams(max_tokens=100, temperature=0, ignore_eos=True, stop=(text[3:5],))
+    (output,) = two_ranks.generate("Hello", sampling)
+    assert output.outputs[0].text == text[: text.index(text[3:5])]
+    assert output.outputs[0].finish_reason == "stop"
+
+
+def test_it_works_where_an_event_loop_runs_already(two_ranks: LLM, expected: list[list[int]]) -> None:
+    """As in a notebook."""
+
+    async def cell() -> list[list[int]]:
+        return tokens(two_ranks, PROMPTS)
+
+    assert asyncio.run(cell()) == expected
+
+
+def test_close_twice_is_close_once_and_later_calls_say_so(model: Path) -> None:
+    llm = LLM(model, **SMALL)
+    llm.close()
+    llm.close()
+    with pytest.raises(RuntimeError, match="LLM is closed"):
+        llm.generate("Hello", GREEDY)
+
+
+def test_a_killed_rank_ends_generate_with_its_name(model: Path) -> None:
+    with LLM(model, tensor_parallel_size=2, **SMALL) as llm:
+        ranks = [rank for node in llm.cluster_state().nodes for rank in node.ranks]
+        os.kill(ranks[1].pid, signal.SIGKILL)
+        with pytest.raises(LostError, match="rank 1"):
+            generate_for_ever(llm)
+
+
+def generate_for_ever(llm: LLM) -> None:
+    while True:
+        llm.generate([PROMPTS[0]], GREEDY)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "named"),
+    [
+        ({"tensor_paralel_size": 2}, SettingsError, "tensor_parallel_size"),
+        ({"dtype": "float8"}, SettingsError, "float8"),
+        ({"tensor_parallel_size": 9}, PlanError, "9"),
+        ({"max_model_len": 1000}, PlanError, "1000"),
+    ],
+)
+def test_wrong_options_are_errors_that_name_them(
+    model: Path, options: dict[str, Any], error: type[Exception], named: str
+) -> None:
+    with pytest.raises(error, match=named):
+        LLM(model, **{**SMALL, **options})
+
+
+def test_a_folder_that_is_no_model_is_a_checkpoint_error(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        LLM(tmp_path, **SMALL)
+
+
+# -- tpdist generate --------------------------------------------------------------------------------------------------
+
+
+def generate(model: Path, *arguments: str, stdin: str = "") -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "-m", "tpdist", "generate", str(model), "--device", "cpu", "--threads", "1", *arguments]
+    return subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=END_S, check=False)
+
+
+def test_generate_reads_its_prompt_from_stdin_and_writes_json(model: Path) -> None:
+    arguments = ("--max-tokens", str(NUM_TOKENS), "--ignore-eos", "--local-world-size", "2")
+    done = generate(model, "--prompt", "-", "--json", *arguments, stdin="Hello\n")
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout)
+    prompt = PreTrainedTokenizerFast.from_pretrained(model)("Hello")["input_ids"]
+    assert answer["prompt"] == "Hello"
+    assert answer["token_ids"] == reference_tokens(model, [prompt], NUM_TOKENS)[0]
+    assert answer["finish_reason"] == "length"
+
+
+def test_generate_prints_the_text_and_nothing_else(model: Path, two_ranks: LLM) -> None:
+    done = generate(model, "--prompt", "Hello", "--max-tokens", str(NUM_TOKENS), "--ignore-eos")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == two_ranks.generate("Hello", GREEDY)[0].outputs[0].text + "\n"
+
+
+def test_generate_refuses_a_prompt_that_is_too_long(model: Path) -> None:
+    done = generate(model, "--prompt", "-", stdin="x" * 500)
+    assert done.returncode == SettingsError.exit_code, done.stderr
+    assert "500" in done.stderr
+    assert str(CONTEXT) in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,56 @@
+"""`tpdist serve`: start this node."""
+
+import asyncio
+import importlib
+import os
+import sys
+from pathlib import Path
+
+import click
+
+from tpdist.cli.frame import command
+from tpdist.cli.options import settings_options
+from tpdist.cli.progress import LoadProgress
+from tpdist.errors import error_for
+from tpdist.launcher import serve as serve_node
+from tpdist.settings import Settings
+
+EXAMPLES = (
+    "tpdist serve ./model",
+    "tpdist serve ./model --local-world-size 2 --device cpu",
+    "",
+    "# two machines: the same command on both, told apart by the environment",
+    "export TPDIST_KEY_FILE=cluster.key MISTRALRS_MN_GLOBAL_WORLD_SIZE=2",
+    "MISTRALRS_MN_HEAD_NUM_WORKERS=1 MISTRALRS_MN_HEAD_PORT=5555 tpdist serve ./model   # head",
+    "MISTRALRS_MN_WORKER_ID=0 MISTRALRS_MN_WORKER_SERVER_ADDR=head:5555 tpdist serve ./model   # worker",
+    "",
+    "torchrun --nproc-per-node 2 -m tpdist serve ./model",
+)
+
+
+@command(examples=EXAMPLES)
+@click.argument("model")
+@settings_options("cluster", "model", "engine", "http", "deadlines")
+def serve(model: str, settings: Settings) -> int:
+    """Start this node: head, worker, single node or torchrun rank, told by the environment.
+
+    MODEL is a folder with config.json and *.safetensors, or a Hugging Face id.
+    """
+    place = settings.torchrun
+    if place is not None and place.agent_run_dir is None:
+        # Only a rank pays for torch: the agent, which runs this same command, must not import it.
+        importlib.import_module("tpdist.torchrun").run(settings, argv=sys.argv[1:])
+    run_dir = None if place is None or place.agent_run_dir is None else Path(place.agent_run_dir)
+    with LoadProgress() as progress:
+        serving = serve_node(
+            settings,
+            model,
+            environ=os.environ,
+            run_dir=run_dir,
+            supervise=place is None,
+            on_rank_update=progress.update,
+        )
+        outcome = asyncio.run(serving)
+    if outcome.exit_code != 0:
+        raise error_for(outcome.exit_code, outcome.cause)
+    return 0

@@ -1,0 +1,382 @@
+"""ZeroMQ sockets that carry Envelopes: the only file that knows zmq.
+
+A Router answers many peers, a Dealer talks to one; each has an asyncio form (agents) and a blocking form (ranks). All
+of them cap frame sizes, drop what does not decode (counted, logged with its peer at most once a second), and use CURVE
+in both directions when a cluster key is given. They know nothing of what the messages mean.
+"""
+
+import errno
+import hashlib
+import logging
+import socket
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import zmq
+import zmq.asyncio
+from zmq.auth.asyncio import AsyncioAuthenticator
+from zmq.auth.thread import ThreadAuthenticator
+from zmq.utils import z85
+
+from tpdist.control.codec import Codec, MalformedFrameError, OtherClusterError, OtherVersionError
+from tpdist.control.messages import MAX_MESSAGE_BYTES, Envelope, Message, Wait
+from tpdist.errors import JoinError, LostError, SettingsError
+
+__all__ = [
+    "AsyncDealer",
+    "AsyncRouter",
+    "ClusterKeys",
+    "Codec",
+    "Dealer",
+    "PeerGoneError",
+    "Router",
+    "close_blocking_sockets",
+    "tcp_address",
+    "wait_any",
+]
+
+logger = logging.getLogger(__name__)
+
+KEY_BYTES = 32
+OTHERS_MODE = 0o077
+LINGER_MS = 2000
+
+
+# -- keys -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, repr=False)
+class ClusterKeys:
+    """CURVE key pairs derived from the cluster's 32-byte seed. Whoever holds the seed can pose as any node."""
+
+    head_public: bytes
+    head_secret: bytes
+    node_public: bytes
+    node_secret: bytes
+
+    @classmethod
+    def from_seed(cls, seed: bytes) -> "ClusterKeys":
+        secrets = [_derive(seed, person) for person in (b"tpdist-head", b"tpdist-node")]
+        head, node = [(zmq.curve_public(secret), secret) for secret in secrets]
+        return cls(*head, *node)
+
+    @classmethod
+    def read(cls, path: Path) -> "ClusterKeys":
+        """Read a file made by `tpdist keygen`. Raises SettingsError when it does not hold a key."""
+        try:
+            seed = bytes.fromhex(path.read_text(encoding="ascii").strip())
+            mode = path.stat().st_mode
+        except (OSError, ValueError) as error:
+            raise SettingsError(f"cannot read the cluster key {path}: {error}") from error
+        if len(seed) != KEY_BYTES:
+            raise SettingsError(f"{path} holds {len(seed)} bytes, a cluster key has {KEY_BYTES}; run `tpdist keygen`")
+        if mode & OTHERS_MODE:
+            logger.warning("%s can be read by other users of this machine: chmod 600 it", path)
+        return cls.from_seed(seed)
+
+
+def _derive(seed: bytes, person: bytes) -> bytes:
+    return z85.encode(hashlib.blake2b(seed, digest_size=KEY_BYTES, person=person).digest())
+
+
+@dataclass(frozen=True)
+class _OnlyNodes:
+    """ZAP allow-list with one entry: the key that all nodes of the cluster share."""
+
+    node_public: bytes
+
+    def callback(self, domain: str, key: bytes) -> bool:
+        return key == self.node_public
+
+
+class _Authenticator(Protocol):
+    def start(self) -> None: ...
+    def stop(self) -> None: ...
+    def configure_curve_callback(self, domain: str, credentials_provider: object) -> None: ...
+
+
+def _start_authenticator(make: Callable[[Any], _Authenticator], context: Any, keys: ClusterKeys) -> _Authenticator:
+    """Answer libzmq's ZAP questions for every CURVE server socket of `context`."""
+    authenticator = make(context)
+    authenticator.start()
+    authenticator.configure_curve_callback(domain="*", credentials_provider=_OnlyNodes(keys.node_public))
+    return authenticator
+
+
+# -- sockets ----------------------------------------------------------------------------------------------------------
+
+
+class _Complaints:
+    """Counts dropped frames and logs them, at most one line a second."""
+
+    def __init__(self, where: str) -> None:
+        self.count = 0
+        self._where = where
+        self._next_line_at = 0.0
+
+    def add(self, peer: str, error: Exception) -> None:
+        self.count += 1
+        if time.monotonic() >= self._next_line_at:
+            self._next_line_at = time.monotonic() + 1
+            logger.warning("%s: dropped a message from %s: %s (%d so far)", self._where, peer, error, self.count)
+
+
+def _prepare(zmq_socket: Any) -> None:
+    """Never block a sender; a peer that sends faster than we read is slowed down by TCP (zmq's receive limit)."""
+    zmq_socket.linger = LINGER_MS
+    zmq_socket.maxmsgsize = MAX_MESSAGE_BYTES
+    zmq_socket.sndhwm = 0
+
+
+def _prepare_server(zmq_socket: Any, keys: ClusterKeys | None) -> None:
+    """A peer that comes again, under its own name, takes over from its broken connection."""
+    _prepare(zmq_socket)
+    zmq_socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
+    if keys is not None:
+        zmq_socket.curve_server = True
+        zmq_socket.curve_secretkey = keys.head_secret
+        zmq_socket.curve_publickey = keys.head_public
+
+
+def _connect(zmq_socket: Any, address: str, *, identity: bytes, keys: ClusterKeys | None) -> None:
+    """Raises SettingsError for what is no address; whether anybody listens there shows later."""
+    _prepare(zmq_socket)
+    zmq_socket.setsockopt(zmq.IDENTITY, identity)
+    zmq_socket.ipv6 = _is_ipv6(address)
+    zmq_socket.reconnect_ivl = 100
+    zmq_socket.reconnect_ivl_max = 1000
+    if keys is not None:
+        zmq_socket.curve_serverkey = keys.head_public
+        zmq_socket.curve_secretkey = keys.node_secret
+        zmq_socket.curve_publickey = keys.node_public
+    try:
+        zmq_socket.connect(address)
+    except zmq.ZMQError as error:
+        raise SettingsError(f"cannot connect to {address}: {error}") from error
+
+
+def _is_ipv6(address: str) -> bool:
+    """Whether to connect over IPv6: for its addresses, and for names that have no other.
+
+    With IPv6 on, zmq resolves a name to an IPv6 address alone: "localhost" to ::1, where a head without a key does not
+    listen. (libzmq, ip_resolver.cpp.)
+    """
+    if not address.startswith("tcp://") or "[" in address:
+        return address.startswith("tcp://[")
+    host = address.removeprefix("tcp://").rpartition(":")[0]
+    return not _resolves(host, socket.AF_INET) and _resolves(host, socket.AF_INET6)
+
+
+def _resolves(host: str, family: socket.AddressFamily) -> bool:
+    try:
+        return bool(socket.getaddrinfo(host, None, family))
+    except OSError:
+        return False
+
+
+def tcp_address(host: str, port: int | str) -> str:
+    """A ZeroMQ address; IPv6 hosts get their brackets."""
+    return f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
+
+
+def _bind(zmq_socket: Any, address: str) -> str:
+    """Listen; "*" means all interfaces over IPv4 and IPv6."""
+    zmq_socket.ipv6 = address.startswith(("tcp://*", "tcp://["))
+    try:
+        zmq_socket.bind(address)
+    except zmq.ZMQError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise SettingsError(f"{address} is taken by another process; choose another port") from error
+        raise SettingsError(f"cannot listen on {address}: {error}") from error
+    return str(zmq_socket.getsockopt_string(zmq.LAST_ENDPOINT))
+
+
+def _only(frames: list[bytes]) -> bytes:
+    """The frame of a message that has one."""
+    if len(frames) != 1:
+        raise MalformedFrameError(f"{len(frames)} frames instead of 1")
+    return frames[0]
+
+
+class PeerGoneError(LostError):
+    """A message could not be sent because its receiver has gone. Seldom the first cause: the receiver has that."""
+
+
+class AsyncRouter:
+    """The head's control socket, and an agent's socket for its ranks. Peers are told apart by their identity."""
+
+    def __init__(self, *, name: str, codec: Codec, keys: ClusterKeys | None = None) -> None:
+        self._context = zmq.asyncio.Context()
+        self._authenticator = _start_authenticator(AsyncioAuthenticator, self._context, keys) if keys else None
+        self._socket = self._context.socket(zmq.ROUTER)
+        _prepare_server(self._socket, keys)
+        self._complaints = _Complaints(name)
+        self.codec = codec
+
+    @property
+    def num_dropped(self) -> int:
+        """Frames that were no message, since the start."""
+        return self._complaints.count
+
+    def bind(self, address: str) -> str:
+        """Listen; returns the address with the port that was chosen. Raises SettingsError when it is taken."""
+        return _bind(self._socket, address)
+
+    async def receive(self) -> tuple[bytes, Envelope]:
+        """The next well-formed message and its peer's identity; everything else is counted and dropped.
+
+        A peer of another release or another cluster gets an answer, which tells it so: its own receive() raises.
+        """
+        while True:
+            identity, *frames = await self._socket.recv_multipart()
+            try:
+                return identity, self.codec.decode(_only(frames))
+            except (OtherVersionError, OtherClusterError) as error:
+                self._complaints.add(identity.hex(), error)
+                await self.send(identity, Wait(reason=str(error)))
+            except MalformedFrameError as error:
+                self._complaints.add(identity.hex(), error)
+
+    async def send(self, identity: bytes, body: Message) -> None:
+        """Queue a message for a peer; nothing happens if the peer is not connected."""
+        await self.send_all((identity,), body)
+
+    async def send_all(self, identities: Iterable[bytes], body: Message) -> None:
+        """Queue one message for several peers, encoded once."""
+        frame = self.codec.encode(body)
+        for identity in identities:
+            await self._socket.send_multipart([identity, frame])
+
+    def close(self) -> None:
+        _close(self._socket, self._context, self._authenticator)
+
+
+class AsyncDealer:
+    """A node's connection to its head. It connects, and connects again, by itself."""
+
+    def __init__(self, *, address: str, identity: bytes, codec: Codec, keys: ClusterKeys | None = None) -> None:
+        self._context = zmq.asyncio.Context()
+        self._socket = self._context.socket(zmq.DEALER)
+        self._complaints = _Complaints("node")
+        self.address = address
+        self.codec = codec
+        _connect(self._socket, address, identity=identity, keys=keys)
+
+    async def receive(self) -> Envelope:
+        """The next well-formed message. Raises JoinError when the head speaks another protocol version, LostError
+        when it serves another cluster than the one that this node has joined."""
+        while True:
+            frames = await self._socket.recv_multipart()
+            try:
+                return self.codec.decode(_only(frames))
+            except OtherVersionError as error:
+                raise JoinError(f"{self.address}: {error}; install the same tpdist release on all nodes") from error
+            except OtherClusterError as error:
+                raise LostError(f"{self.address}: {error}; the head was started again") from error
+            except MalformedFrameError as error:
+                self._complaints.add(self.address, error)
+
+    async def send(self, body: Message) -> None:
+        """Queue a message; it leaves once the head can be reached."""
+        await self._socket.send(self.codec.encode(body))
+
+    def close(self) -> None:
+        _close(self._socket, self._context, None)
+
+
+class Router:
+    """Blocking: rank 0's socket for step plans, one ordered stream to each other rank.
+
+    Listens on a port of `host` for ranks on other nodes, and on `ipc_address` for those on its own.
+    """
+
+    def __init__(self, *, host: str, ipc_address: str, codec: Codec, keys: ClusterKeys | None) -> None:
+        self._context: Any = zmq.Context()
+        self._authenticator = _start_authenticator(ThreadAuthenticator, self._context, keys) if keys else None
+        self._socket = self._context.socket(zmq.ROUTER)
+        _prepare_server(self._socket, keys)
+        self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        self._complaints = _Complaints("step plans")
+        self._codec = codec
+        _bind(self._socket, ipc_address)
+        self.port = int(_bind(self._socket, tcp_address(host, "*")).rsplit(":", 1)[1])
+
+    def wait_for(self, identities: set[bytes], *, timeout_s: float) -> None:
+        """Block until each of `identities` has sent its first message of this cluster and epoch. Raises JoinError
+        naming those missing."""
+        missing = set(identities)
+        deadline = time.monotonic() + timeout_s
+        while missing:
+            if not self._socket.poll(max(0, int((deadline - time.monotonic()) * 1000))):
+                names = ", ".join(sorted(identity.decode() for identity in missing))
+                raise JoinError(f"{names} did not connect to rank 0's port {self.port} within {timeout_s:g} s")
+            missing.discard(self._greeting())
+
+    def send(self, identities: list[bytes], body: Message) -> None:
+        """Send one message to several peers, encoded once. Raises PeerGoneError when one is not connected."""
+        frame = self._codec.encode(body)
+        for identity in identities:
+            try:
+                self._socket.send_multipart([identity, frame], zmq.DONTWAIT)
+            except zmq.ZMQError as error:
+                raise PeerGoneError(f"{identity.decode()} is not connected to rank 0 any more: {error}") from error
+
+    def _greeting(self) -> bytes | None:
+        """Who sent the message that has arrived, if it is one of ours."""
+        identity, *frames = self._socket.recv_multipart()
+        try:
+            envelope = self._codec.decode(_only(frames))
+            if envelope.epoch != self._codec.epoch:
+                raise MalformedFrameError(f"a message of epoch {envelope.epoch} in epoch {self._codec.epoch}")
+        except (OtherVersionError, OtherClusterError, MalformedFrameError) as error:
+            self._complaints.add(identity.hex(), error)
+            return None
+        return bytes(identity)
+
+    def close(self) -> None:
+        _close(self._socket, self._context, self._authenticator)
+
+
+class Dealer:
+    """Blocking: a rank's connection to its agent, to the head's engine socket, or to rank 0's step plans."""
+
+    def __init__(self, *, address: str, identity: bytes, codec: Codec, keys: ClusterKeys | None = None) -> None:
+        self._socket: Any = zmq.Context.instance().socket(zmq.DEALER)
+        self.codec = codec
+        _connect(self._socket, address, identity=identity, keys=keys)
+
+    def send(self, body: Message) -> None:
+        """Queue a message; it leaves once the peer can be reached."""
+        self._socket.send(self.codec.encode(body))
+
+    def receive(self) -> Envelope | None:
+        """The next message if one has arrived. A frame that is none of ours is an error here: the peer is our own."""
+        try:
+            frames = self._socket.recv_multipart(zmq.DONTWAIT)
+        except zmq.Again:
+            return None
+        return self.codec.decode(_only(frames))
+
+
+def wait_any(dealers: list[Dealer], *, timeout_s: float | None) -> bool:
+    """Block until one of `dealers` has a message; False after `timeout_s`."""
+    poller = zmq.Poller()
+    for dealer in dealers:
+        poller.register(dealer._socket, zmq.POLLIN)
+    return bool(poller.poll(None if timeout_s is None else int(timeout_s * 1000)))
+
+
+def close_blocking_sockets() -> None:
+    """Close every Dealer of this process; what is queued still leaves within LINGER_MS."""
+    zmq.Context.instance().destroy(LINGER_MS)
+
+
+def _close(zmq_socket: Any, context: Any, authenticator: _Authenticator | None) -> None:
+    """Block until what is queued has left, LINGER_MS at most; then the context goes."""
+    if authenticator is not None:
+        authenticator.stop()
+    zmq_socket.close(LINGER_MS)
+    context.term()

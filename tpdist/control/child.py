@@ -1,0 +1,86 @@
+"""One child process: its end, however it comes, and its output, whatever it looks like.
+
+The end is awaited on a thread and not by way of the output: a pipe that a grandchild still holds open, or a line
+without an end, must not hide that the process has gone.
+"""
+
+import asyncio
+import codecs
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections import deque
+from collections.abc import Mapping, Sequence
+from typing import IO
+
+NUM_LAST_LINES = 20
+MAX_LINE_CHARS = 4096
+CHUNK_BYTES = 64 * 1024
+
+
+class Child:
+    """Started on creation, in the running event loop. `exited` becomes its exit code, negative for a signal."""
+
+    def __init__(self, command: Sequence[str], environ: Mapping[str, str]) -> None:
+        self._process = subprocess.Popen(
+            command,
+            env=environ,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        self.pid = self._process.pid
+        self.last_lines: deque[str] = deque(maxlen=NUM_LAST_LINES)
+        self._loop = asyncio.get_running_loop()
+        self.exited: asyncio.Future[int] = self._loop.create_future()
+        threading.Thread(target=self._wait, name=f"child-{self.pid}", daemon=True).start()
+
+    def kill(self) -> None:
+        """SIGKILL, unless it has ended."""
+        self._process.kill()
+
+    async def relay(self) -> None:
+        """Pass the output on to stderr line by line and remember the last, until all who could write have gone."""
+        assert self._process.stdout is not None
+        reader = await _open_reader(self._process.stdout)
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        rest = ""
+        while chunk := await reader.read(CHUNK_BYTES):
+            *lines, rest = re.split(r"[\r\n]+", rest + decoder.decode(chunk))
+            rest = rest[-MAX_LINE_CHARS:]
+            self._take(lines)
+        self._take([rest])
+
+    def _take(self, lines: Sequence[str]) -> None:
+        for line in filter(None, lines):
+            self.last_lines.append(line[:MAX_LINE_CHARS])
+            print(line, file=sys.stderr, flush=True)
+
+    def _wait(self) -> None:
+        exit_code = self._process.wait()
+        try:
+            self._loop.call_soon_threadsafe(self._set_exit_code, exit_code)
+        except RuntimeError:
+            return  # the loop is closed: nobody waits any more
+
+    def _set_exit_code(self, exit_code: int) -> None:
+        if not self.exited.done():
+            self.exited.set_result(exit_code)
+
+
+def describe_exit(exit_code: int) -> str:
+    """How a process ended, in words."""
+    if exit_code >= 0:
+        return f"ended with exit code {exit_code}"
+    number = -exit_code
+    name = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
+    hint = " (kill -9, or the kernel's out-of-memory killer: see dmesg)" if number == signal.SIGKILL else ""
+    return f"was killed by {name}{hint}"
+
+
+async def _open_reader(pipe: IO[bytes]) -> asyncio.StreamReader:
+    reader = asyncio.StreamReader()
+    await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), pipe)
+    return reader

@@ -1,0 +1,117 @@
+"""How nodes come in: registration, replacement, fingerprints, and the moment at which all ranks are dealt. Pure."""
+
+from dataclasses import replace
+
+import msgspec
+
+from tpdist.control import compare, deadlines
+from tpdist.control.endings import dismissal, end, tell_the_end
+from tpdist.control.events import Action, Answer, Publish, Send, after
+from tpdist.control.messages import Fingerprint, Register, Shutdown, Wait, Welcome
+from tpdist.control.state import Key, Node, NodeFacts, Rules, State, name_of, where
+from tpdist.errors import JoinError, TpdistError
+
+
+def on_register(state: State, register: Register, now: float, rules: Rules) -> Answer:
+    """A node says who it is: it gets a place, waits for one, or hears why it cannot have any."""
+    key = register.worker_id
+    problem = _mismatch(register, rules)
+    if state.outcome is not None:
+        return tell_the_end(state, register, now, known_place=not problem)
+    if problem:
+        return _refuse(state, register, problem, now)
+    if register.instance in state.members:
+        return _welcome_again(state, register, now, rules)
+    holder = state.nodes.get(key)
+    if holder is not None and (state.phase != "register" or not deadlines.is_silent(state, holder, now, rules)):
+        wait = Wait(reason=_taken(state, holder, rules))
+        return state, (Send(register.instance, wait),)
+    state = state.admit(key, Node(register, last_seen=now, seen_at=state.ticks))
+    actions: list[Action] = [_welcome(register, rules), Publish()]
+    if holder is not None:
+        actions.append(dismissal(holder.register.instance, f"{where(register)} took its place"))
+    return after(actions, gather(state, now, rules))
+
+
+def _mismatch(register: Register, rules: Rules) -> str:
+    """Why this node cannot belong to this cluster, or nothing."""
+    key = register.worker_id
+    if key not in rules.keys:
+        ids = "none" if rules.num_workers == 0 else f"0 to {rules.num_workers - 1}"
+        return (
+            f"worker id {key} ({register.hostname}, pid {register.pid}) is not in this cluster: "
+            f"MISTRALRS_MN_HEAD_NUM_WORKERS={rules.num_workers} on the head allows the ids {ids}"
+        )
+    if key is not None and register.global_world_size != rules.global_world_size:
+        return (
+            f"MISTRALRS_MN_GLOBAL_WORLD_SIZE is {register.global_world_size} on worker {key} "
+            f"({register.hostname}) and {rules.global_world_size} on the head; set the same number on all nodes"
+        )
+    return ""
+
+
+def _welcome_again(state: State, register: Register, now: float, rules: Rules) -> Answer:
+    """A node repeats itself until it hears Welcome. An instance keeps the place that it came with."""
+    if state.members[register.instance] != register.worker_id:
+        return state, ()
+    state = state.heard(register.worker_id, now)
+    return after((_welcome(register, rules),), gather(state, now, rules))
+
+
+def _welcome(register: Register, rules: Rules) -> Send:
+    return Send(register.instance, Welcome(cluster_id=rules.cluster_id))
+
+
+def _taken(state: State, holder: Node, rules: Rules) -> str:
+    register = holder.register
+    here = f"{name_of(register.worker_id)} is already here ({register.hostname}, pid {register.pid})"
+    if state.phase != "register":
+        return f"{here}, and the cluster has started (phase {state.phase}); nobody can join before it has ended"
+    return f"{here}; this instance takes its place if that one goes, or is silent for {rules.node_lost_s:g} s"
+
+
+def _refuse(state: State, register: Register, cause: str, now: float) -> Answer:
+    """Before anything runs a wrong node ends everybody, so that nobody waits; later it ends itself alone."""
+    shutdown = Send(register.instance, Shutdown(exit_code=JoinError.exit_code, cause=cause))
+    if state.phase not in ("register", "compare"):
+        return state, (shutdown,)
+    return after((shutdown,), end(state, JoinError.exit_code, cause, now))
+
+
+def on_fingerprint(state: State, key: Key, fingerprint: Fingerprint, now: float, rules: Rules) -> Answer:
+    """A node says what it is."""
+    state = state.update(key, replace(state.nodes[key], fingerprint=fingerprint))
+    return _compare(state, now, rules)
+
+
+def gather(state: State, now: float, rules: Rules) -> Answer:
+    """Leave phase register once every place is held by a node that lives."""
+    if state.phase != "register" or len(state.nodes) < len(rules.keys):
+        return state, ()
+    if any(deadlines.is_silent(state, node, now, rules) for node in state.nodes.values()):
+        return state, ()
+    state = replace(state, phase="compare", phase_since=now)
+    return after((Publish(),), _compare(state, now, rules))
+
+
+def _compare(state: State, now: float, rules: Rules) -> Answer:
+    """Leave phase compare once every fingerprint is here: with ranks for everybody, or with the reason why not."""
+    ordered = state.ordered
+    facts = [NodeFacts(node.register, node.fingerprint) for node in ordered if node.fingerprint is not None]
+    if state.phase != "compare" or len(facts) < len(ordered):
+        return state, ()
+    fingerprints = {name_of(fact.register.worker_id): fact.fingerprint for fact in facts}
+    rows = compare.differences(fingerprints, settings=rules.settings)
+    if rows:
+        cause = f"the nodes disagree; make these equal on all of them:\n{compare.table(rows)}"
+        return end(state, JoinError.exit_code, cause, now)
+    try:
+        layout = rules.plan(facts)
+    except TpdistError as error:
+        return end(state, error.exit_code, str(error), now)
+    epoch = state.epoch + 1
+    life = {"cluster_id": rules.cluster_id, "epoch": epoch}
+    assigns = tuple(msgspec.structs.replace(assign, **life) for assign in layout.assigns)
+    state = replace(state, phase="start", phase_since=now, epoch=epoch, layout=replace(layout, assigns=assigns))
+    sends = (Send(node.register.instance, assign) for node, assign in zip(ordered, assigns, strict=True))
+    return state, (*sends, Publish())

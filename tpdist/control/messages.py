@@ -1,0 +1,418 @@
+"""Everything that travels between the processes of a cluster, as typed, size-capped, pickle-free messages.
+
+One Envelope is one ZeroMQ frame of MessagePack. It names the protocol version, the cluster and the epoch, so that a
+message from another release, another cluster or an earlier life of the process group is recognised before it is acted
+on. Unknown fields and tags do not decode: a malformed message is counted and dropped by the channel that received it.
+
+Who sends what:
+
+    node  -> head    Register, Fingerprint, Heartbeat, Listening, RankUpdate, RankGone, Generate, Abort, DrainRequest,
+                     Goodbye
+    head  -> node    Welcome, Wait, Heartbeat, Assign, Connect, ClusterState, Tokens, RequestFailed, Shutdown
+    rank  -> agent   RankHello, Listening (rank 0), RankUpdate, RankGone
+    agent -> rank    RankStart, Connect, RankStop
+    head  -> rank 0  Generate, Abort, Heartbeat
+    rank 0 -> head   Heartbeat (once, when it connects), StepOutputs, RequestFailed
+    rank 0 -> ranks  StepPlan
+    ranks -> rank 0  RankHello (once, when they connect)
+"""
+
+from typing import Any
+
+import msgspec
+
+from tpdist.sampling_params import SamplingParams
+
+PROTOCOL_VERSION = 1
+MAX_MESSAGE_BYTES = 32 * 1024 * 1024
+
+
+class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True, tag=True):
+    """Base of all messages; the class name is the tag on the wire."""
+
+
+# -- what a node is ---------------------------------------------------------------------------------------------------
+
+
+class DeviceInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One accelerator, or the CPU of a node without one. Bytes are of device memory (for a CPU: the cgroup's)."""
+
+    kind: str
+    index: int
+    name: str
+    total_bytes: int
+    free_bytes: int
+
+
+class ProbeReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What `tpdist probe` reads on one machine. Versions that do not exist there are None."""
+
+    hostname: str
+    host_id: str
+    num_cpus: int
+    memory_bytes: int
+    available_bytes: int
+    python: str
+    tpdist: str
+    torch: str | None
+    cuda: str | None
+    nccl: str | None
+    driver: str | None
+    devices: tuple[DeviceInfo, ...]
+
+
+# -- joining ----------------------------------------------------------------------------------------------------------
+
+
+class Register(Message, frozen=True):
+    """First word of a node. `worker_id` is None for the head's own node. `address` is the node's own IP on its route
+    to the head, `head_address` the head's IP as this node reached it."""
+
+    instance: str
+    worker_id: int | None
+    hostname: str
+    pid: int
+    address: str
+    head_address: str
+    interface: str | None
+    global_world_size: int | None
+    local_world_size: int | None
+
+
+class Fingerprint(Message, frozen=True):
+    """What must agree before a process group exists. `model` maps a part (config.json, tokenizer, a weights file) to
+    its digest; `explicit` holds the plan and engine settings that somebody set on this node, as JSON values."""
+
+    instance: str
+    probe: ProbeReport
+    model: dict[str, str]
+    explicit: dict[str, Any]
+
+
+class Welcome(Message, frozen=True):
+    """The head knows this instance; from now on its messages carry `cluster_id`."""
+
+    cluster_id: str
+
+
+class Wait(Message, frozen=True):
+    """Not now, for this reason; the node goes on registering."""
+
+    reason: str
+
+
+class Assign(Message, frozen=True):
+    """The ranks of one node in one epoch of one cluster; the node starts them at once. `head_host` is the head as this
+    node reaches it, `bind_host` the address that rank 0 listens on. `interface` is the network
+    interface for collectives. `settings` are the head's plan and engine settings, which hold on all nodes, with
+    nothing left "auto". `shares` are the weights of the tensor-parallel ranks."""
+
+    cluster_id: str
+    epoch: int
+    node_index: int
+    first_rank: int
+    local_world_size: int
+    world_size: int
+    tp_size: int
+    pp_size: int
+    shares: tuple[int, ...]
+    backend: str
+    threads: int
+    interface: str | None
+    head_host: str
+    bind_host: str
+    load_timeout_s: float
+    hang_timeout_s: float
+    store_port: int
+    max_model_len: int
+    settings: dict[str, Any]
+
+
+class Listening(Message, frozen=True):
+    """Rank 0 listens: the store that process groups meet at, and the socket that step plans leave from."""
+
+    store_port: int
+    plan_port: int
+
+
+class Connect(Message, frozen=True):
+    """Rank 0 listens on these ports of the node's `head_host`: every rank may connect."""
+
+    store_port: int
+    plan_port: int
+
+
+# -- while it runs ----------------------------------------------------------------------------------------------------
+
+
+class Heartbeat(Message, frozen=True):
+    """A sign of life, on a connection of its own so that no other traffic delays it. Both ways."""
+
+    instance: str
+
+
+class RankUpdate(Message, frozen=True):
+    """How far a rank is. `phase` is one of start, connect, load, warmup, ready; `done`/`total` are bytes while loading.
+    `weight_bytes` and `kv_blocks` are known once ready."""
+
+    rank: int
+    pid: int
+    device: str
+    phase: str
+    step: int = 0
+    done: int = 0
+    total: int = 0
+    weight_bytes: int = 0
+    kv_blocks: int = 0
+
+
+class RankGone(Message, frozen=True):
+    """A rank ended, or reports why it is about to. `secondary` is True when the rank only noticed that a peer had
+    gone (a collective failed): another RankGone or a silent node is then the first cause. `last_lines` is the end of
+    its log."""
+
+    rank: int
+    exit_code: int
+    cause: str
+    secondary: bool = False
+    last_lines: tuple[str, ...] = ()
+
+
+class RankView(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    rank: int
+    local_rank: int
+    pid: int
+    device: str
+    state: str
+    step: int
+    weight_bytes: int
+    kv_blocks: int
+
+
+class NodeView(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    node_id: str
+    role: str
+    host: str
+    pid: int
+    state: str
+    last_seen_s: float
+    ranks: tuple[RankView, ...]
+
+
+class RestartView(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    epoch: int
+    cause: str
+
+
+class EngineStats(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    num_requests_running: int = 0
+    num_requests_waiting: int = 0
+    kv_cache_usage: float = 0.0
+    preemptions: int = 0
+
+
+class EngineInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Limits that every node checks requests against, known once all ranks are ready."""
+
+    max_model_len: int
+    num_kv_blocks: int
+    block_size: int
+
+    @property
+    def max_tokens(self) -> int:
+        """Most tokens (prompt and completion) that one sequence can hold."""
+        return min(self.max_model_len, self.num_kv_blocks * self.block_size)
+
+
+class ClusterState(Message, frozen=True):
+    """The cluster as the head sees it, sent to every node on each change and with each heartbeat.
+    `state` is starting, ready, draining, recovering or failed."""
+
+    state: str
+    reason: str
+    epoch: int
+    phase: str
+    nodes: tuple[NodeView, ...]
+    plan: dict[str, Any]
+    restarts: tuple[RestartView, ...] = ()
+    engine: EngineInfo | None = None
+    stats: EngineStats = EngineStats()
+
+
+class DrainRequest(Message, frozen=True):
+    """Finish what runs, then end the cluster with code 0. `immediate` ends it now, with `exit_code`."""
+
+    reason: str
+    immediate: bool = False
+    exit_code: int = 0
+
+
+class Shutdown(Message, frozen=True):
+    """The cluster ends: kill the ranks, exit with `exit_code`, and show `cause` if it is not 0."""
+
+    exit_code: int
+    cause: str
+
+
+class Goodbye(Message, frozen=True):
+    """Last word of a node that ends."""
+
+    instance: str
+    exit_code: int
+    cause: str
+
+
+# -- requests ---------------------------------------------------------------------------------------------------------
+
+
+class Generate(Message, frozen=True):
+    """One sequence to generate. The agent that received it has tokenized it; ids are unique in the cluster.
+    `eos_token_ids` come from that agent's generation_config.json."""
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    sampling: SamplingParams
+    eos_token_ids: tuple[int, ...] = ()
+
+
+class Abort(Message, frozen=True):
+    request_id: str
+
+
+class TokenOutput(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array_like=True):
+    """New tokens of one request. `finish_reason` is None until the last: stop or length. A stop token is
+    included in `token_ids`."""
+
+    request_id: str
+    token_ids: tuple[int, ...]
+    finish_reason: str | None = None
+
+
+class StepOutputs(Message, frozen=True):
+    """What one step made, from rank 0 to the head's agent."""
+
+    step: int
+    outputs: tuple[TokenOutput, ...]
+    stats: EngineStats
+
+
+class Tokens(Message, frozen=True):
+    """The part of a step's outputs that belongs to one node's requests."""
+
+    outputs: tuple[TokenOutput, ...]
+
+
+class RequestFailed(Message, frozen=True):
+    """A request ends without (all of) its answer. `status` is the HTTP status: 400 or 503."""
+
+    request_id: str
+    status: int
+    message: str
+    param: str | None = None
+
+
+# -- inside a node ----------------------------------------------------------------------------------------------------
+
+
+class RankHello(Message, frozen=True):
+    """First word of a rank to its agent, which answers with RankStart."""
+
+    local_rank: int
+    pid: int
+
+
+class RankStart(Message, frozen=True):
+    """All that one rank needs to begin, from its agent over a private ipc socket. `engine_address` is the head's
+    socket for requests and outputs (used by rank 0 only); `plan_address` the ipc socket for plans inside the head's
+    node."""
+
+    rank: int
+    local_rank: int
+    model: str
+    log_level: str
+    assign: Assign
+    key_file: str | None
+    engine_address: str
+    plan_address: str
+
+
+class RankStop(Message, frozen=True):
+    """End with code 0 now."""
+
+
+# -- inside an epoch --------------------------------------------------------------------------------------------------
+
+
+class SequenceStart(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array_like=True):
+    """A sequence takes a slot on every rank. `token_ids` is its prompt (and, after a preemption, what it had already
+    generated: `num_prompt_tokens` tells them apart) as little-endian int32. `seed` is always set."""
+
+    slot: int
+    token_ids: bytes
+    num_prompt_tokens: int
+    seed: int
+    sampling: SamplingParams
+    stop_token_ids: tuple[int, ...]
+
+
+class SlotBlocks(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array_like=True):
+    """Blocks appended to the block table of a slot."""
+
+    slot: int
+    blocks: tuple[int, ...]
+
+
+class SlotWork(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array_like=True):
+    """Run the next `num_tokens` tokens of a slot (one for a decode, a chunk for a prefill), the first at position
+    `start`; sample one token after them if `sample`. A decode's input is the slot's last token, which ranks hold."""
+
+    slot: int
+    start: int
+    num_tokens: int
+    sample: bool
+
+
+class StepPlan(Message, frozen=True):
+    """One step, the same for every rank; only changes travel. Applied in this order: `free`, `start`, `blocks`,
+    then `work`. `step` counts from 1 without gaps in an epoch; a gap ends the epoch."""
+
+    epoch: int
+    step: int
+    free: tuple[int, ...] = ()
+    start: tuple[SequenceStart, ...] = ()
+    blocks: tuple[SlotBlocks, ...] = ()
+    work: tuple[SlotWork, ...] = ()
+
+
+Body = (
+    Register
+    | Fingerprint
+    | Welcome
+    | Wait
+    | Assign
+    | Listening
+    | Connect
+    | Heartbeat
+    | RankUpdate
+    | RankGone
+    | ClusterState
+    | DrainRequest
+    | Shutdown
+    | Goodbye
+    | Generate
+    | Abort
+    | StepOutputs
+    | Tokens
+    | RequestFailed
+    | RankHello
+    | RankStart
+    | RankStop
+    | StepPlan
+)
+
+
+class Envelope(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array_like=True):
+    version: int
+    cluster_id: str
+    epoch: int
+    body: Body

@@ -1,0 +1,132 @@
+"""What the head knows of its cluster at one moment: plain immutable data, no decisions, no sockets, no clock.
+
+membership.py makes the next State from the last, deadlines.py looks for what took too long, view.py shows it to people.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from tpdist.control.messages import Assign, EngineInfo, Fingerprint, RankUpdate, Register
+
+RANK_PHASES = ("start", "connect", "load", "warmup", "ready")
+
+# A node's place in the cluster: its worker id, or None for the head's own node.
+Key = int | None
+
+
+@dataclass(frozen=True)
+class NodeFacts:
+    """What the planner may know of a node."""
+
+    register: Register
+    fingerprint: Fingerprint
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The planner's answer: one assignment a node, and a summary for people."""
+
+    assigns: tuple[Assign, ...]
+    plan: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rules:
+    """What the head was told. `plan` turns the nodes' facts into assignments (node order: head, worker 0, 1, ...)
+    and raises PlanError or JoinError when that is impossible."""
+
+    cluster_id: str
+    num_workers: int
+    global_world_size: int | None
+    settings: Mapping[str, Any]
+    plan: Callable[[Sequence[NodeFacts]], Layout]
+    register_timeout_s: float
+    fetch_timeout_s: float
+    load_timeout_s: float
+    heartbeat_interval_s: float
+    node_lost_s: float
+    hang_timeout_s: float
+    shutdown_timeout_s: float
+
+    @property
+    def keys(self) -> tuple[Key, ...]:
+        """The places of this cluster, in the order of global ranks."""
+        return (None, *range(self.num_workers))
+
+
+@dataclass(frozen=True)
+class Node:
+    """One node. `last_seen` is when it was heard last, `seen_at` the number of the tick before that."""
+
+    register: Register
+    last_seen: float
+    seen_at: int
+    fingerprint: Fingerprint | None = None
+    ranks: Mapping[int, RankUpdate] = field(default_factory=dict)
+    gone: bool = False
+
+    @property
+    def where(self) -> str:
+        return where(self.register)
+
+
+@dataclass(frozen=True)
+class State:
+    """`nodes` by place; `members` finds the place of an instance. `num_ranks_at` counts ranks by RANK_PHASES, so that
+    a rank's progress costs the same in a cluster of any size. `suspect` is a rank's report that its peers had gone,
+    which waits a moment for the first cause. `outcome` is how the cluster ends, (exit code, cause); set once."""
+
+    phase: str = "register"
+    phase_since: float = 0.0
+    epoch: int = 0
+    ticks: int = 0
+    nodes: Mapping[Key, Node] = field(default_factory=dict)
+    members: Mapping[str, Key] = field(default_factory=dict)
+    num_ranks_at: tuple[int, ...] = (0,) * len(RANK_PHASES)
+    layout: Layout | None = None
+    suspect: tuple[float, str] | None = None
+    draining_reason: str = ""
+    outcome: tuple[int, str] | None = None
+    engine: EngineInfo | None = None
+
+    @property
+    def ordered(self) -> list[Node]:
+        """Head first, then worker 0, worker 1, ...: the order of global ranks."""
+        return [self.nodes[key] for key in sorted(self.nodes, key=node_index)]
+
+    def assign_of(self, key: Key) -> Assign:
+        """The ranks of a node. There must be a layout."""
+        assert self.layout is not None
+        return self.layout.assigns[node_index(key)]
+
+    def admit(self, key: Key, node: Node) -> "State":
+        """With a new instance in a place; who held it before is no member any more."""
+        left = self.dismiss(key)
+        return replace(left, nodes={**left.nodes, key: node}, members={**left.members, node.register.instance: key})
+
+    def dismiss(self, key: Key) -> "State":
+        """With nobody in a place."""
+        nodes = {other: node for other, node in self.nodes.items() if other != key}
+        return replace(self, nodes=nodes, members={i: other for i, other in self.members.items() if other != key})
+
+    def update(self, key: Key, node: Node) -> "State":
+        """With news of a member."""
+        return replace(self, nodes={**self.nodes, key: node})
+
+    def heard(self, key: Key, now: float) -> "State":
+        """With a sign of life of a member."""
+        return self.update(key, replace(self.nodes[key], last_seen=now, seen_at=self.ticks))
+
+
+def name_of(key: Key) -> str:
+    return "head" if key is None else f"worker {key}"
+
+
+def where(register: Register) -> str:
+    """A node as error messages name it."""
+    return f"{name_of(register.worker_id)} ({register.hostname}, pid {register.pid})"
+
+
+def node_index(key: Key) -> int:
+    return 0 if key is None else key + 1

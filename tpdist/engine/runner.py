@@ -1,0 +1,131 @@
+"""Runs StepPlans on one rank: plan -> tensors -> model -> sampled ids.
+
+All ranks of a tensor-parallel group run the same plans in the same order; rank 0 of the group samples and broadcasts
+the ids, so that each rank holds the last token of every slot. It knows nothing of requests or of where plans come from.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from tpdist.control.messages import SequenceStart, SlotBlocks, SlotWork, StepPlan
+from tpdist.engine.batch import Batch, SlotTable
+from tpdist.engine.kv_cache import KVCache
+from tpdist.engine.sampler import sample
+from tpdist.engine.scheduler import StepResult
+from tpdist.errors import LostError
+from tpdist.layers.attention import AttentionContext
+from tpdist.parallel.group import RankGroup
+from tpdist.sampling_params import SamplingParams
+
+
+class PlanGapError(LostError):
+    """A plan is missing, came twice or is of another epoch: this rank no longer agrees with the others."""
+
+
+class Model(Protocol):
+    """What the runner needs of a model; models.decoder.Decoder is one."""
+
+    def __call__(
+        self,
+        token_ids: Tensor,
+        *,
+        positions: Tensor,
+        attention: AttentionContext,
+        caches: Sequence[tuple[Tensor, ...]],
+    ) -> Tensor:
+        """token_ids, positions: [num_tokens]. Returns [num_tokens, hidden_size], replicated."""
+
+    def logits(self, hidden: Tensor) -> Tensor | None:
+        """hidden: [n, hidden_size]. Returns float32 [n, vocab_size] on rank 0 of the group, None elsewhere. Every rank
+        must call it."""
+
+
+class Runner:
+    """Holds the state of one rank in one epoch. `max_model_len` bounds sequences together with the size of the cache,
+    as it does in the scheduler."""
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        group: RankGroup,
+        cache: KVCache,
+        max_num_seqs: int,
+        max_model_len: int,
+        epoch: int,
+        device: torch.device,
+    ) -> None:
+        self._model = model
+        self._group = group
+        self._cache = cache
+        self._epoch = epoch
+        self._device = device
+        self._step = 0
+        self._max_tokens = min(max_model_len, cache.num_blocks * cache.block_size)
+        self._slots = SlotTable(max_num_seqs=max_num_seqs, max_tokens=self._max_tokens, block_size=cache.block_size)
+
+    @property
+    def step(self) -> int:
+        """The last step that was begun."""
+        return self._step
+
+    @torch.inference_mode()
+    def warm_up(self, num_tokens: int) -> None:
+        """Run a prefill of up to `num_tokens` and a decode, so that the first request does not pay for lazy
+        initialisation. Every rank of the group must call it, before its first step."""
+        assert self._step == 0, "warm_up after the first step would overwrite the cache of a request"
+        for plan in _warm_up_plans(min(num_tokens, self._max_tokens - 1), block_size=self._cache.block_size):
+            self._run(plan)
+        self._slots.apply(StepPlan(epoch=self._epoch, step=0, free=(0,)))
+
+    @torch.inference_mode()
+    def execute(self, plan: StepPlan) -> StepResult | None:
+        """Run one step. Every rank of the group must call it with the same plan. Returns the tokens on rank 0 of the
+        group, None elsewhere. Raises PlanGapError unless `plan` is the next one of this epoch."""
+        self._check_order(plan)
+        token_ids = self._run(plan)
+        return StepResult(plan.step, token_ids) if self._group.rank == 0 else None
+
+    def _run(self, plan: StepPlan) -> tuple[tuple[int, int], ...]:
+        """Apply and run a plan. Returns (slot, token) of each sample, the same on every rank."""
+        self._slots.apply(plan)
+        batch = self._slots.batch(plan, device=self._device)
+        hidden = self._model(
+            batch.token_ids, positions=batch.positions, attention=batch.attention, caches=self._cache.layers
+        )
+        token_ids = self._sample(batch, hidden) if batch.sample_slots else []
+        self._slots.append(batch.sample_slots, token_ids)
+        return tuple(zip(batch.sample_slots, token_ids, strict=True))
+
+    def _check_order(self, plan: StepPlan) -> None:
+        if (plan.epoch, plan.step) != (self._epoch, self._step + 1):
+            raise PlanGapError(
+                f"got the plan of step {plan.step} in epoch {plan.epoch}, but step {self._step + 1} in epoch "
+                f"{self._epoch} is next"
+            )
+        self._step = plan.step
+
+    def _sample(self, batch: Batch, hidden: Tensor) -> list[int]:
+        """One token for each of the batch's sample slots, the same on every rank. hidden: [num_tokens, hidden_size]."""
+        logits = self._model.logits(hidden[batch.sample_index])
+        if logits is None:
+            token_ids = torch.empty(len(batch.sample_slots), dtype=torch.int64, device=self._device)
+        else:
+            token_ids = sample(logits, self._slots.sample_rows(batch.sample_slots))
+        chosen: list[int] = self._group.broadcast(token_ids).tolist()
+        return chosen
+
+
+def _warm_up_plans(num_tokens: int, *, block_size: int) -> tuple[StepPlan, StepPlan]:
+    """A prefill of `num_tokens` in slot 0 and the decode after it."""
+    start = SequenceStart(0, bytes(4 * num_tokens), num_tokens, 0, SamplingParams(), ())
+    blocks = SlotBlocks(0, tuple(range(num_tokens // block_size + 1)))
+    prefill = SlotWork(0, 0, num_tokens, True)
+    decode = SlotWork(0, num_tokens, 1, False)
+    return (
+        StepPlan(epoch=0, step=0, start=(start,), blocks=(blocks,), work=(prefill,)),
+        StepPlan(epoch=0, step=0, work=(decode,)),
+    )

@@ -1,0 +1,150 @@
+"""`tpdist serve` on one node: model, node, HTTP server and signals, and the order in which they end.
+
+start   the HTTP port is bound and the checkpoint's headers are checked before anything else starts;
+        then the node joins while the tokenizer loads, and HTTP answers 503 until all ranks are ready
+end     the node's outcome comes first: ranks are gone and every request has its answer or its error;
+        then HTTP stops, then sockets and the run directory go
+"""
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from tpdist import log
+from tpdist.control.agent import Outcome
+from tpdist.control.messages import RankUpdate
+from tpdist.errors import RequestError, SettingsError, TpdistError
+from tpdist.node import Model, Node, handled_signals, open_model_later, run_directory
+from tpdist.parent import follow_parent
+from tpdist.server.api import create_app
+from tpdist.server.http import HttpServer, bind, check_certificate
+from tpdist.server.tokenizer import Tokenizer, open_tokenizer
+from tpdist.settings import Role, Settings
+
+logger = logging.getLogger(__name__)
+
+HTTP_STOP_TIMEOUT_S = 5.0
+
+
+async def serve(
+    settings: Settings,
+    model: str,
+    *,
+    environ: Mapping[str, str],
+    run_dir: Path | None = None,
+    supervise: bool = True,
+    on_rank_update: Callable[[RankUpdate], None] | None = None,
+) -> Outcome:
+    """Run this node until its cluster ends. Raises what is wrong before it starts.
+
+    `run_dir` and `supervise` False come from torchrun, whose ranks look for their agent in that folder.
+    """
+    log.add_context(node=_node_name(settings))
+    listener = bind(settings.host, settings.port)
+    api_keys = read_api_keys(settings.api_key_file)
+    check_certificate(settings.ssl_certfile, settings.ssl_keyfile)
+    with contextlib.closing(listener), _folder(run_dir) as folder:
+        opening = asyncio.create_task(open_model_later(model, revision=settings.revision))
+        if settings.role is Role.SINGLE and Path(model).is_dir():
+            await opening
+        node = Node(
+            settings, opening, environ=environ, run_dir=folder, supervise=supervise, on_rank_update=on_rank_update
+        )
+        with handled_signals(node):
+            if not supervise:
+                follow_parent(os.getppid(), signal.SIGUSR1)
+            running = asyncio.create_task(node.run())
+            await asyncio.wait({running, opening}, return_when=asyncio.FIRST_COMPLETED)
+            if opening.done() and opening.exception() is None:
+                await _serve_http(settings, opening.result(), model, node, running, listener, api_keys)
+            return await running
+
+
+async def _serve_http(
+    settings: Settings,
+    model: Model,
+    name: str,
+    node: Node,
+    running: "asyncio.Task[Outcome]",
+    listener: socket.socket,
+    api_keys: list[str],
+) -> None:
+    """Serve the API until the node has ended. A tokenizer that cannot be read ends it."""
+    pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenizer")
+    tokenizer = pool.submit(open_tokenizer, settings, model.folder)
+    app = create_app(
+        node.agent,
+        tokenizer=tokenizer,
+        model_names=[settings.served_model_name or name],
+        vocab_size=model.config.vocab_size,
+        eos_token_ids=model.config.eos_token_ids,
+        api_keys=api_keys,
+    )
+    server = HttpServer(app, sock=listener, ssl_certfile=settings.ssl_certfile, ssl_keyfile=settings.ssl_keyfile)
+    await server.start()
+    logger.info("HTTP on %s, answering 503 until all ranks are ready", server.url)
+    announcing = asyncio.create_task(_announce(node, asyncio.wrap_future(tokenizer), server.url))
+    await asyncio.wait({running})
+    announcing.cancel()
+    await asyncio.gather(announcing, return_exceptions=True)
+    await server.stop(timeout_s=HTTP_STOP_TIMEOUT_S)
+    pool.shutdown(cancel_futures=True)
+
+
+async def _announce(node: Node, tokenizer: "asyncio.Future[Tokenizer]", url: str) -> None:
+    """Say so when this node serves; end it, and so the cluster, if it never can."""
+    try:
+        await tokenizer
+    except TpdistError as error:
+        node.agent.abandon(error.exit_code, str(error))
+        return
+    except Exception as error:
+        cause = f"internal error: the tokenizer: {type(error).__name__}: {error}"
+        node.agent.abandon(TpdistError.exit_code, cause)
+        return
+    with contextlib.suppress(RequestError):
+        await node.agent.wait_ready()
+        state = node.agent.state()
+        assert state.engine is not None
+        logger.info(
+            "ready: %d ranks, %d tokens in the KV cache, up to %d a sequence; try\n  curl %s/v1/models",
+            sum(len(each.ranks) for each in state.nodes),
+            state.engine.num_kv_blocks * state.engine.block_size,
+            state.engine.max_tokens,
+            url,
+        )
+
+
+def read_api_keys(path: Path | None) -> list[str]:
+    """Bearer tokens, one a line; empty lines and those that start with # are skipped. Raises SettingsError."""
+    if path is None:
+        return []
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"cannot read TPDIST_API_KEY_FILE={path}: {error}") from error
+    keys = [line for line in lines if line and not line.startswith("#")]
+    if not keys:
+        raise SettingsError(f"TPDIST_API_KEY_FILE={path} holds no key: write one a line, or unset it")
+    return keys
+
+
+@contextlib.contextmanager
+def _folder(given: Path | None) -> Iterator[Path]:
+    if given is not None:
+        yield given
+        return
+    with run_directory() as folder:
+        yield folder
+
+
+def _node_name(settings: Settings) -> str:
+    if settings.torchrun is not None:
+        return f"group-{settings.torchrun.group_rank}"
+    return "head" if settings.worker_id is None else f"worker-{settings.worker_id}"

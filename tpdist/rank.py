@@ -1,0 +1,263 @@
+"""The life of one rank in one epoch: it meets its peers, loads its shard, and runs step plans until told to stop.
+
+    connect  rank 0 listens and says where; everybody connects
+    load     this rank's slices of the checkpoint
+    warmup   a KV cache of the size that all ranks can hold, one forward
+    ready    rank 0 runs the engine, the others run the plans that it sends
+
+It imports neither transformers nor fastapi, and knows nothing of processes: worker.py and torchrun.py start it.
+"""
+
+import logging
+import os
+import time
+from pathlib import Path
+
+import msgspec
+import torch
+
+from tpdist.checkpoint.index import CheckpointIndex
+from tpdist.checkpoint.load import load_weights
+from tpdist.control.channel import ClusterKeys, Codec, Dealer, wait_any
+from tpdist.control.coordinator import ENGINE_IDENTITY
+from tpdist.control.messages import (
+    Abort,
+    Envelope,
+    Generate,
+    Heartbeat,
+    RankStart,
+    RankStop,
+    RankUpdate,
+    RequestFailed,
+    StepOutputs,
+    StepPlan,
+)
+from tpdist.engine.engine import Engine, LocalExecutor
+from tpdist.engine.kv_cache import allocate, bytes_per_token, num_blocks_that_fit
+from tpdist.engine.runner import Runner
+from tpdist.engine.scheduler import Scheduler
+from tpdist.errors import RequestError
+from tpdist.meeting import MakeStore, expect, meet, plan_identity
+from tpdist.models import registry
+from tpdist.models.decoder import Decoder
+from tpdist.parallel.group import RankGroup
+from tpdist.parallel.process_group import agree_minimum, wait_for_all
+from tpdist.plan.shards import Partition, Weights
+from tpdist.preflight import cgroup
+
+logger = logging.getLogger(__name__)
+
+IDLE_POLL_S = 1.0
+PROGRESS_INTERVAL_S = 0.2
+STEP_REPORT_INTERVAL_S = 0.5
+WARM_UP_TOKENS = 8
+DEFAULT_CPU_CACHE_BYTES = 4 * 1024**3
+
+
+class Rank:
+    """The life of one rank in one epoch."""
+
+    def __init__(self, link: Dealer, start: RankStart, *, make_store: MakeStore) -> None:
+        self._link = link
+        self._start = start
+        self._assign = start.assign
+        self._settings = start.assign.settings
+        self._make_store = make_store
+        self._keys = ClusterKeys.read(Path(start.key_file)) if start.key_file else None
+        self._device = _device(self._settings["device"], start.local_rank)
+        self._update = RankUpdate(rank=start.rank, pid=os.getpid(), device=str(self._device), phase="start")
+        self._next_report = 0.0
+        self._unreported = False
+
+    def run(self) -> None:
+        """Until RankStop. Raises what ends this rank otherwise."""
+        torch.set_num_threads(self._assign.threads)
+        self._report(phase="connect")
+        self._peers = meet(self._link, self._start, keys=self._keys, make_store=self._make_store, device=self._device)
+        group = self._peers.group
+        partition = Partition(self._assign.shares)
+        config = registry.load_config(Path(self._start.model))
+        model = Decoder(
+            config, partition=partition, group=group, dtype=_dtype(self._settings["dtype"]), device=self._device
+        )
+        self._load(model, registry.weights(config), partition, group)
+        runner, num_blocks = self._warm_up(model)
+        if self._start.rank == 0:
+            engine = self._make_engine(runner, num_blocks=num_blocks, vocab_size=config.vocab_size)
+            requests = self._open_requests()
+            self._report(phase="ready", kv_blocks=num_blocks)
+            self._run_engine(engine, requests, runner)
+        else:
+            self._report(phase="ready", kv_blocks=num_blocks)
+            self._run_plans(runner)
+
+    # -- phases -------------------------------------------------------------------------------------------------------
+
+    def _load(self, model: Decoder, weights: Weights, partition: Partition, group: RankGroup) -> None:
+        self._report(phase="load")
+        started = time.monotonic()
+        read = load_weights(
+            model,
+            index=CheckpointIndex.read(Path(self._start.model)),
+            weights=weights,
+            partition=partition,
+            rank=group.rank,
+            threads=max(2, self._assign.threads),
+            progress=self._report_load,
+        )
+        held = sum(parameter.nbytes for parameter in {id(p): p for p in model.parameters()}.values())
+        seconds = time.monotonic() - started
+        logger.info("read %.2f GB in %.1f s (%.2f GB/s)", read / 1e9, seconds, read / 1e9 / max(seconds, 1e-9))
+        self._report(phase="warmup", weight_bytes=held)
+
+    def _warm_up(self, model: Decoder) -> tuple[Runner, int]:
+        """Size the KV cache to what every rank can hold, and run once."""
+        settings, assign, store = self._settings, self._assign, self._peers.store
+        shapes = model.cache_shapes()
+        dtype = _dtype(settings["dtype"])
+        num_blocks = num_blocks_that_fit(
+            budget_bytes=self._cache_budget(),
+            bytes_per_token=bytes_per_token(shapes, dtype=dtype),
+            block_size=settings["block_size"],
+            max_num_seqs=settings["max_num_seqs"],
+            max_model_len=assign.max_model_len,
+        )
+        if store is not None:
+            rank, world_size, timeout_s = self._start.rank, assign.world_size, assign.load_timeout_s
+            num_blocks = agree_minimum(
+                store, key="kv_blocks", value=num_blocks, rank=rank, world_size=world_size, timeout_s=timeout_s
+            )
+        block_size = settings["block_size"]
+        cache = allocate(shapes, num_blocks=num_blocks, block_size=block_size, dtype=dtype, device=self._device)
+        runner = Runner(
+            model,
+            group=self._peers.group,
+            cache=cache,
+            max_num_seqs=settings["max_num_seqs"],
+            max_model_len=assign.max_model_len,
+            epoch=assign.epoch,
+            device=self._device,
+        )
+        runner.warm_up(WARM_UP_TOKENS)
+        if store is not None:
+            wait_for_all(store, key="warm", rank=rank, world_size=world_size, timeout_s=timeout_s)
+        return runner, num_blocks
+
+    def _cache_budget(self) -> int:
+        """Bytes for this rank's KV cache: as set, else from what is free now that the weights are in place."""
+        asked: int | None = self._settings["kv_cache_memory_bytes"]
+        if asked is not None:
+            return asked
+        if self._device.type == "cuda":
+            free, total = torch.cuda.mem_get_info(self._device)
+            sharing = -(-self._assign.local_world_size // torch.cuda.device_count())
+            return int(free - (1 - self._settings["gpu_memory_utilization"]) * total) // sharing
+        available = cgroup.memory().available_bytes
+        return min(DEFAULT_CPU_CACHE_BYTES, available // 4) // self._assign.local_world_size
+
+    # -- loops --------------------------------------------------------------------------------------------------------
+
+    def _make_engine(self, runner: Runner, *, num_blocks: int, vocab_size: int) -> Engine:
+        settings, assign, plans = self._settings, self._assign, self._peers.plans
+        scheduler = Scheduler(
+            num_blocks=num_blocks,
+            block_size=settings["block_size"],
+            max_num_seqs=settings["max_num_seqs"],
+            max_num_batched_tokens=settings["max_num_batched_tokens"],
+            max_model_len=assign.max_model_len,
+            vocab_size=vocab_size,
+            epoch=assign.epoch,
+            seed=settings["seed"],
+        )
+        others = [plan_identity(rank) for rank in range(1, assign.world_size)]
+        send = None if plans is None else lambda plan: plans.send(others, plan)
+        return Engine(scheduler, LocalExecutor(runner, send=send))
+
+    def _open_requests(self) -> Dealer:
+        """The socket to the head's agent, tried out: a request that comes before it is connected would be lost."""
+        codec = Codec(cluster_id=self._assign.cluster_id, epoch=self._assign.epoch)
+        requests = Dealer(address=self._start.engine_address, identity=ENGINE_IDENTITY, codec=codec)
+        requests.send(Heartbeat(instance=ENGINE_IDENTITY.decode()))
+        expect(requests, Heartbeat, timeout_s=self._assign.load_timeout_s)
+        return requests
+
+    def _run_engine(self, engine: Engine, requests: Dealer, runner: Runner) -> None:
+        told = engine.stats()
+        while not self._told_to_stop([self._link, requests], block=not engine.has_work):
+            while (envelope := requests.receive()) is not None:
+                _take_request(engine, requests, envelope)
+            outputs = engine.step()
+            if outputs is None and engine.stats() != told:
+                # An abort freed blocks, and there is no step whose outputs would say so.
+                outputs = StepOutputs(step=runner.step, outputs=(), stats=engine.stats())
+            if outputs is not None:
+                told = outputs.stats
+                requests.send(outputs)
+            self._report_step(runner.step)
+
+    def _run_plans(self, runner: Runner) -> None:
+        plan_link = self._peers.plan_link
+        assert plan_link is not None
+        while not self._told_to_stop([self._link, plan_link], block=True):
+            while (envelope := plan_link.receive()) is not None:
+                assert isinstance(envelope.body, StepPlan)
+                runner.execute(envelope.body)
+            self._report_step(runner.step)
+
+    def _told_to_stop(self, links: list[Dealer], *, block: bool) -> bool:
+        """Wait for a message if there is nothing to do, and look for the agent's RankStop."""
+        if block:
+            until_report_s = max(0.0, self._next_report - time.monotonic())
+            wait_any(links, timeout_s=until_report_s if self._unreported else IDLE_POLL_S)
+        envelope = self._link.receive()
+        return envelope is not None and isinstance(envelope.body, RankStop)
+
+    # -- talk with the agent ------------------------------------------------------------------------------------------
+
+    def _report(self, **changes: object) -> None:
+        self._update = msgspec.structs.replace(self._update, **changes)
+        self._link.send(self._update)
+
+    def _report_load(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if now >= self._next_report or done == total:
+            self._next_report = now + PROGRESS_INTERVAL_S
+            self._report(done=done, total=total)
+
+    def _report_step(self, step: int) -> None:
+        now = time.monotonic()
+        self._unreported = step != self._update.step
+        if self._unreported and now >= self._next_report:
+            self._unreported = False
+            self._next_report = now + STEP_REPORT_INTERVAL_S
+            self._report(step=step)
+
+
+def _take_request(engine: Engine, requests: Dealer, envelope: Envelope) -> None:
+    match envelope.body:
+        case Generate() as request:
+            try:
+                engine.add(request)
+            except RequestError as error:
+                failed = RequestFailed(
+                    request_id=request.request_id, status=error.status, message=str(error), param=error.param
+                )
+                requests.send(failed)
+        case Abort(request_id=request_id):
+            engine.abort(request_id)
+        case other:
+            logger.warning("unexpected %s for the engine", type(other).__name__)
+
+
+def _device(kind: str, local_rank: int) -> torch.device:
+    if kind == "cpu":
+        return torch.device("cpu")
+    device = torch.device("cuda", local_rank % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
+
+
+def _dtype(name: str) -> torch.dtype:
+    dtype = getattr(torch, name)
+    assert isinstance(dtype, torch.dtype)
+    return dtype

@@ -1,0 +1,68 @@
+"""How the tokens of one request are chosen: one validated, immutable value from the client to the sampler.
+
+Names and defaults follow vLLM's. It travels inside wire messages, so it is a msgspec Struct.
+"""
+
+import math
+from typing import Any
+
+import msgspec
+
+from tpdist.errors import RequestError
+
+MAX_SEED = 2**63 - 1
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """`temperature` 0 is greedy; `top_k` 0 or -1 and `top_p` 1 are off.
+
+    `seed` makes draws a function of (seed, index of the token) alone; without one the head picks a seed.
+    `stop` strings are looked for by the agent that holds the text; everything else is the sampler's or scheduler's.
+    Raises RequestError that names the field when a value is out of range.
+    """
+
+    max_tokens: int | None = 16
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    skip_special_tokens: bool = True
+
+    def __post_init__(self) -> None:
+        if isinstance(self.stop, str):
+            msgspec.structs.force_setattr(self, "stop", (self.stop,))
+        for name in ("stop", "stop_token_ids"):
+            msgspec.structs.force_setattr(self, name, tuple(getattr(self, name) or ()))
+        if self.top_k == -1:
+            msgspec.structs.force_setattr(self, "top_k", 0)
+        self._check("max_tokens", self.max_tokens is None or self.max_tokens >= 1, "at least 1")
+        self._check("min_tokens", self.min_tokens >= 0, "0 or more")
+        if self.max_tokens is not None:
+            self._check("min_tokens", self.min_tokens <= self.max_tokens, f"at most max_tokens={self.max_tokens}")
+        self._check("temperature", _between(self.temperature, 0, math.inf), "a finite number, 0 or more")
+        self._check("top_k", self.top_k >= 0, "0 or -1 (off), or at least 1")
+        self._check("top_p", 0 < self.top_p <= 1, "above 0 and at most 1")
+        self._check("min_p", 0 <= self.min_p <= 1, "between 0 and 1")
+        self._check("repetition_penalty", _between(self.repetition_penalty, 0, math.inf, open_low=True), "above 0")
+        self._check("seed", self.seed is None or -MAX_SEED - 1 <= self.seed <= MAX_SEED, "a 64-bit integer")
+        self._check("stop", all(self.stop), "one or more strings, none of them empty")
+        self._check("stop_token_ids", all(0 <= token < 2**31 for token in self.stop_token_ids), "token ids")
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0
+
+    def _check(self, field: str, holds: bool, expected: str) -> None:
+        if not holds:
+            value: Any = getattr(self, field)
+            raise RequestError(f"{field} is {value!r}, but must be {expected}", param=field)
+
+
+def _between(value: float, low: float, high: float, *, open_low: bool = False) -> bool:
+    return (value > low if open_low else value >= low) and value < high

@@ -1,0 +1,118 @@
+"""Prometheus metrics of one node's server. Names, units and buckets are vLLM's, with the prefix tpdist_.
+
+Counters and histograms tell of the requests that came to this node; gauges tell of the whole cluster, as the head's
+latest state has it. One registry for each app: nothing is global.
+"""
+
+from collections.abc import Callable, Iterator
+from time import monotonic
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from tpdist.control.messages import ClusterState
+
+FIRST_TOKEN_BUCKETS_S = (
+    *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75),
+    *(1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0, 640.0, 2560.0),
+)
+INTER_TOKEN_BUCKETS_S = (
+    *(0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75),
+    *(1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0),
+)
+REQUEST_BUCKETS_S = (
+    *(0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0),
+    *(120.0, 240.0, 480.0, 960.0, 1920.0, 7680.0),
+)
+
+
+class Metrics:
+    """All metrics of one app. `state` is called at each scrape."""
+
+    def __init__(self, state: Callable[[], ClusterState]) -> None:
+        self._registry = registry = CollectorRegistry()
+        registry.register(_ClusterCollector(state))
+        self.prompt_tokens = Counter("tpdist_prompt_tokens", "Prompt tokens of requests.", registry=registry)
+        self.generation_tokens = Counter("tpdist_generation_tokens", "Tokens generated.", registry=registry)
+        self.finished = Counter(
+            "tpdist_request_success",
+            "Sequences that ended: stop, length, abort (the client left) or error.",
+            ["finished_reason"],
+            registry=registry,
+        )
+        self.first_token = Histogram(
+            "tpdist_time_to_first_token_seconds",
+            "From the arrival of a request to its first token.",
+            buckets=FIRST_TOKEN_BUCKETS_S,
+            registry=registry,
+        )
+        self.inter_token = Histogram(
+            "tpdist_inter_token_latency_seconds",
+            "Between two outputs of one sequence.",
+            buckets=INTER_TOKEN_BUCKETS_S,
+            registry=registry,
+        )
+        self.request = Histogram(
+            "tpdist_e2e_request_latency_seconds",
+            "From the arrival of a request to its last token.",
+            buckets=REQUEST_BUCKETS_S,
+            registry=registry,
+        )
+
+    def render(self) -> bytes:
+        """The text format of Prometheus."""
+        return generate_latest(self._registry)
+
+
+class SequenceTimer:
+    """Records the life of one sequence in `metrics`, from `arrived_s` (monotonic) on."""
+
+    def __init__(self, metrics: Metrics, *, arrived_s: float, num_prompt_tokens: int) -> None:
+        self._metrics = metrics
+        self._arrived_s = arrived_s
+        self._last_s: float | None = None
+        metrics.prompt_tokens.inc(num_prompt_tokens)
+
+    def saw_tokens(self, num_tokens: int) -> None:
+        now = monotonic()
+        if self._last_s is None:
+            self._metrics.first_token.observe(now - self._arrived_s)
+        else:
+            self._metrics.inter_token.observe(now - self._last_s)
+        self._last_s = now
+        self._metrics.generation_tokens.inc(num_tokens)
+
+    def ended(self, reason: str) -> None:
+        self._metrics.finished.labels(reason).inc()
+        if reason in ("stop", "length"):
+            self._metrics.request.observe(monotonic() - self._arrived_s)
+
+
+class _ClusterCollector(Collector):
+    """Reads the cluster's gauges from its state when somebody scrapes."""
+
+    def __init__(self, state: Callable[[], ClusterState]) -> None:
+        self._state = state
+
+    def collect(self) -> Iterator[Metric]:
+        state = self._state()
+        stats = state.stats
+        ranks = [rank for node in state.nodes for rank in node.ranks]
+        ready = sum(rank.state == "ready" for rank in ranks)
+        expected = state.plan.get("world_size", len(ranks))
+        yield _gauge("num_requests_running", "Sequences in the running batch.", stats.num_requests_running)
+        yield _gauge("num_requests_waiting", "Sequences that wait for their turn.", stats.num_requests_waiting)
+        yield _gauge("kv_cache_usage_perc", "Part of the KV cache in use; 1 is all of it.", stats.kv_cache_usage)
+        yield _gauge("cluster_epoch", "Epoch of the process group; each failure ends one.", state.epoch)
+        yield _gauge("ranks_expected", "Ranks that the cluster has by its plan.", expected)
+        yield _gauge("ranks_ready", "Ranks that are ready in this epoch.", ready)
+        yield CounterMetricFamily(
+            "tpdist_num_preemptions",
+            "Sequences that lost their blocks and were computed again.",
+            value=stats.preemptions,
+        )
+
+
+def _gauge(name: str, meaning: str, value: float) -> GaugeMetricFamily:
+    return GaugeMetricFamily(f"tpdist_{name}", meaning, value=value)

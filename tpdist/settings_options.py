@@ -1,0 +1,96 @@
+"""What an option is: one declared field with its variables, flag, section and help, and how its values are written.
+
+Knows nothing of which options exist; settings_cluster.py and settings.py declare them, cli/ turns them into flags.
+"""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any, Literal, get_args
+
+from pydantic import AliasChoices, Field
+from pydantic.fields import FieldInfo
+
+Section = Literal["cluster", "model", "engine", "http", "deadlines", "general"]
+SECTIONS: tuple[str, ...] = get_args(Section)
+
+BYTE_UNITS = {
+    "": 1,
+    "b": 1,
+    "kb": 10**3,
+    "mb": 10**6,
+    "gb": 10**9,
+    "tb": 10**12,
+    "kib": 2**10,
+    "mib": 2**20,
+    "gib": 2**30,
+    "tib": 2**40,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Option:
+    """One option as its users meet it. The first of `variables` is the one that messages name."""
+
+    name: str
+    variables: tuple[str, ...]
+    section: str
+    metavar: str
+    default: object
+    is_switch: bool
+    description: str
+
+    @property
+    def flag(self) -> str:
+        return "--" + self.name.replace("_", "-")
+
+    @property
+    def variable(self) -> str:
+        return self.variables[0]
+
+
+def option(
+    default: Any, description: str, *, section: Section, metavar: str, variables: str = "", **limits: Any
+) -> Any:
+    """Declare a field of the settings model. `variables` are its environment variables, separated by spaces; without
+    them it is TPDIST_<NAME>. `limits` are pydantic's (ge, le, gt, lt)."""
+    extra: dict[str, Any] = {"section": section, "metavar": metavar}
+    alias = AliasChoices(*variables.split()) if variables else None
+    return Field(default, description=description, validation_alias=alias, json_schema_extra=extra, **limits)
+
+
+def options_of(fields: dict[str, FieldInfo]) -> dict[str, Option]:
+    """The options among the fields of a model, by name, in the order of their declaration."""
+    return {name: _describe(name, field) for name, field in fields.items() if field.json_schema_extra}
+
+
+def _describe(name: str, field: FieldInfo) -> Option:
+    alias, extra = field.validation_alias, field.json_schema_extra
+    assert isinstance(extra, dict)
+    variables = [str(choice) for choice in alias.choices] if isinstance(alias, AliasChoices) else []
+    return Option(
+        name=name,
+        variables=tuple(variables) or (f"TPDIST_{name.upper()}",),
+        section=str(extra["section"]),
+        metavar=str(extra["metavar"]),
+        default=field.default,
+        is_switch=field.annotation is bool,
+        description=field.description or "",
+    )
+
+
+def parse_bytes(value: object) -> object:
+    """Turn "4GiB", "500 MB" or "1.5e9" into a number of bytes; leave what is not text alone. Raises ValueError."""
+    if not isinstance(value, str):
+        return value
+    parts = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*([a-z]*)\s*", value.lower())
+    if parts is None or parts[2] not in BYTE_UNITS:
+        raise ValueError("must be a number of bytes, or a number with KiB, MiB, GiB, TiB, KB, MB, GB or TB")
+    return int(float(parts[1]) * BYTE_UNITS[parts[2]])
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The known name that is most like `name`."""
+    candidates = sorted(known)
+    return get_close_matches(name, candidates, n=1, cutoff=0.0)[0] if candidates else ""
