@@ -205,10 +205,15 @@ class RestartView(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """What the engine does now, and counts since its start. `prefix_cache_queries` and `prefix_cache_hits` count prompt
+    tokens that were looked up in the prefix cache, and those that were found."""
+
     num_requests_running: int = 0
     num_requests_waiting: int = 0
     kv_cache_usage: float = 0.0
     preemptions: int = 0
+    prefix_cache_queries: int = 0
+    prefix_cache_hits: int = 0
 
 
 class EngineInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -267,25 +272,46 @@ class Goodbye(Message, frozen=True):
 
 class Generate(Message, frozen=True):
     """One sequence to generate. The agent that received it has tokenized it; ids are unique in the cluster.
-    `eos_token_ids` come from that agent's generation_config.json."""
+    `eos_token_ids` come from that agent's generation_config.json. A lower `priority` is served first."""
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
     sampling: SamplingParams
     eos_token_ids: tuple[int, ...] = ()
+    priority: int = 0
 
 
 class Abort(Message, frozen=True):
     request_id: str
 
 
-class TokenOutput(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array_like=True):
+class TokenLogprobs(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array_like=True):
+    """Log-probabilities at one position, of the model's distribution before penalties, masks and temperature.
+
+    `token_ids[0]` is the token that stands there (chosen, or of the prompt) and `rank` its rank, 1 for the most
+    probable; the rest are the most probable ones, best first, which may hold that token again. `logprobs` goes along.
+    """
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    rank: int
+
+
+class TokenOutput(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array_like=True, omit_defaults=True):
     """New tokens of one request. `finish_reason` is None until the last: stop or length. A stop token is
-    included in `token_ids`."""
+    included in `token_ids`.
+
+    `logprobs` has one entry for each of `token_ids` if they were asked for. `prompt_logprobs` are those of the next
+    positions of the prompt, the first of all being position 1; they come before or with the first token.
+    `num_cached_tokens`, on the first output alone: how much of the prompt was found in the prefix cache.
+    """
 
     request_id: str
     token_ids: tuple[int, ...]
     finish_reason: str | None = None
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    num_cached_tokens: int = 0
 
 
 class StepOutputs(Message, frozen=True):

@@ -23,7 +23,7 @@ always go on, because no sequence may hold more tokens than the whole cache: the
 import random
 from bisect import insort
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from operator import attrgetter
 
@@ -34,6 +34,7 @@ from tpdist.control.messages import (
     SlotBlocks,
     SlotWork,
     StepPlan,
+    TokenLogprobs,
     TokenOutput,
 )
 from tpdist.engine.block_manager import BlockManager
@@ -49,10 +50,14 @@ _by_arrival = attrgetter("arrival")
 
 @dataclass(frozen=True)
 class StepResult:
-    """`token_ids`: (slot, token) for each SlotWork of the step that asked for a sample, in any order."""
+    """`token_ids`: (slot, token) for each SlotWork of the step that asked for a sample, in any order. By slot, where
+    asked for: the log-probabilities of its sampled token, and those of the prompt's tokens that this step predicted
+    (a chunk of n tokens from `start` predicts positions start + 1 ... start + n as far as the prompt goes)."""
 
     step: int
     token_ids: tuple[tuple[int, int], ...]
+    logprobs: Mapping[int, TokenLogprobs] = field(default_factory=dict)
+    prompt_logprobs: Mapping[int, tuple[TokenLogprobs, ...]] = field(default_factory=dict)
 
 
 @dataclass
