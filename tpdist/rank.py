@@ -95,6 +95,7 @@ class Rank:
 
     def _load(self, model: Decoder, weights: Weights, partition: Partition, group: RankGroup) -> None:
         self._report(phase="load")
+        held = sum(parameter.nbytes for parameter in model.parameters())
         started = time.monotonic()
         read = load_weights(
             model,
@@ -105,7 +106,6 @@ class Rank:
             threads=max(2, self._assign.threads),
             progress=self._report_load,
         )
-        held = sum(parameter.nbytes for parameter in {id(p): p for p in model.parameters()}.values())
         seconds = time.monotonic() - started
         logger.info("read %.2f GB in %.1f s (%.2f GB/s)", read / 1e9, seconds, read / 1e9 / max(seconds, 1e-9))
         self._report(phase="warmup", weight_bytes=held)

@@ -20,8 +20,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
     `seed` makes draws a function of (seed, index of the token) alone; without one the head picks a seed.
     `logprobs` and `prompt_logprobs`: how many of the most probable tokens to report at each position beside the one
-    that stands there (0: that one alone; None: nothing). `frequency_penalty` and `presence_penalty` count the completion's
-    tokens; `logit_bias` adds to logits by token id.
+    that stands there (0: that one alone; None: nothing). `frequency_penalty` and `presence_penalty` count the
+    completion's tokens; `logit_bias` adds to logits by token id.
     `stop` strings are looked for by the agent that holds the text, which also makes `n` sequences of one request
     (answer i is drawn with seed + i) and picks the best of `best_of`; everything else is the sampler's or scheduler's.
     Raises RequestError that names the field when a value is out of range.

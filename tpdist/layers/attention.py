@@ -97,7 +97,7 @@ class _Decodes:
 
     tokens: Tensor | slice
     num_seqs: int
-    blocks: Tensor
+    blocks: Tensor | slice
     keys: slice
     mask: Tensor | None
 
@@ -110,7 +110,7 @@ class _Decodes:
 
     def _read(self, cache: Tensor) -> Tensor:
         """[num_seqs, num_kv_heads, num_keys, head_dim]"""
-        tokens = cache.index_select(0, self.blocks).view(self.num_seqs, -1, *cache.shape[2:])
+        tokens = _select(cache, self.blocks).view(self.num_seqs, -1, *cache.shape[2:])
         return tokens[:, self.keys].transpose(1, 2)
 
 
@@ -120,14 +120,14 @@ class _Chunk:
     itself holds all of them; `mask`: [num_tokens, num_keys], or None where plain causality says it."""
 
     tokens: slice
-    blocks: Tensor | None
+    blocks: Tensor | slice | None
     keys: slice
     mask: Tensor | None
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, *, cache: tuple[Tensor, ...], scale: float) -> Tensor:
         """Key heads are the batch and the query heads that share one its heads: an expanded view, no key repeated."""
         if self.blocks is not None:
-            key, value = (each.index_select(0, self.blocks).flatten(0, 1)[self.keys] for each in cache)
+            key, value = (_select(each, self.blocks).flatten(0, 1)[self.keys] for each in cache)
         grouped = query.view(len(query), key.shape[1], -1, key.shape[2]).permute(1, 2, 0, 3)
         keys, values = (each.transpose(0, 1)[:, None].expand(-1, grouped.shape[1], -1, -1) for each in (key, value))
         attended = F.scaled_dot_product_attention(
@@ -172,10 +172,25 @@ def _plan_decodes(
     return _Decodes(
         tokens=_index([token for _, token in members], device=device),
         num_seqs=len(members),
-        blocks=context.block_tables[rows, columns].flatten(),
+        blocks=_run(context.block_tables[rows, columns].flatten()),
         keys=keys,
         mask=None if len(set(ranges)) == 1 else _range_mask(ranges, keys=keys, dtype=dtype).to(device),
     )
+
+
+def _run(blocks: Tensor) -> Tensor | slice:
+    """A slice if these blocks follow each other in the cache, as those of a sequence often do: it is read in place. On
+    another device than the CPU the question would cost a synchronization."""
+    if blocks.device.type != "cpu":
+        return blocks
+    first, count = int(blocks[0]), len(blocks)
+    in_a_row = torch.equal(blocks, torch.arange(first, first + count))
+    return slice(first, first + count) if in_a_row else blocks
+
+
+def _select(cache: Tensor, blocks: Tensor | slice) -> Tensor:
+    """cache[blocks], [n, block_size, *shape_per_token]: a view for a slice."""
+    return cache[blocks] if isinstance(blocks, slice) else cache.index_select(0, blocks)
 
 
 def _range_mask(ranges: list[tuple[int, int]], *, keys: slice, dtype: torch.dtype) -> Tensor:
@@ -199,7 +214,7 @@ def _plan_chunk(
     unmasked = whole and (window is None or window >= end)
     return _Chunk(
         tokens=slice(token, token + query_len),
-        blocks=None if whole else context.block_tables[sequence, first : -(-end // size)],
+        blocks=None if whole else _run(context.block_tables[sequence, first : -(-end // size)]),
         keys=slice(begin - first * size, end - first * size),
         mask=None if unmasked else _causal_mask(start, end, begin=begin, window=window, dtype=dtype, device=device),
     )

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tpdist.layers.packed import PackableLinear
 from tpdist.parallel.group import RankGroup
 from tpdist.plan.shards import Interval
 
@@ -36,7 +37,7 @@ class VocabParallelEmbedding(nn.Module):
         return self.group.all_reduce(embedded.masked_fill_(foreign[:, None], 0))
 
 
-class LMHead(nn.Module):
+class LMHead(PackableLinear):
     """logits[:, I_r] = x @ W[I_r].T; logits = gather(logits) on rank 0
 
     W[I_r]: [rows[rank].size, hidden_size]. One gather of num_tokens * vocab_size elements, in x's dtype.
@@ -53,16 +54,15 @@ class LMHead(nn.Module):
         tied_to: VocabParallelEmbedding | None = None,
     ) -> None:
         """rows: every rank's interval of the vocabulary. `tied_to`: use this embedding's parameter, not an own one."""
-        super().__init__()
+        if tied_to is None:
+            weight = torch.empty(rows[group.rank].size, hidden_size, dtype=dtype, device=device)
+            super().__init__(nn.Parameter(weight, requires_grad=False))
+        else:
+            super().__init__(tied_to.weight)
         self.sizes = tuple(interval.size for interval in rows)
         self.group = group
-        if tied_to is not None:
-            self.weight = tied_to.weight
-        else:
-            shape = (self.sizes[group.rank], hidden_size)
-            self.weight = nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor | None:
         """x: [num_tokens, hidden_size], replicated; returns float32 [num_tokens, vocab_size] on rank 0, else None."""
-        logits = self.group.gather(F.linear(x, self.weight), sizes=self.sizes)
+        logits = self.group.gather(self.product(x), sizes=self.sizes)
         return None if logits is None else logits.float()

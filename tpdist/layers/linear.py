@@ -10,14 +10,14 @@ differ in size between ranks. Which rows or columns a rank holds was decided by 
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tpdist.layers.packed import PackableLinear
 from tpdist.parallel.group import RankGroup
 from tpdist.plan.shards import Interval
 
 
-class ColumnParallelLinear(nn.Module):
+class ColumnParallelLinear(PackableLinear):
     """y[:, I_r] = x @ W[I_r].T + b[I_r]          no collective
 
     W[I_r]: [sum(parts), in_features], one or more parts (as q, k and v) one below the other, each of which may be
@@ -28,15 +28,14 @@ class ColumnParallelLinear(nn.Module):
         self, in_features: int, *, parts: Sequence[int], bias: bool, dtype: torch.dtype, device: torch.device
     ) -> None:
         """parts: this rank's number of rows of each part."""
-        super().__init__()
-        self.parts = tuple(parts)
         rows = sum(parts)
-        self.weight = nn.Parameter(torch.empty(rows, in_features, dtype=dtype, device=device), requires_grad=False)
-        self.bias = nn.Parameter(torch.empty(rows, dtype=dtype, device=device), requires_grad=False) if bias else None
+        super().__init__(_empty(rows, in_features, dtype=dtype, device=device))
+        self.parts = tuple(parts)
+        self.bias = _empty(rows, dtype=dtype, device=device) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: [..., in_features], replicated; returns [..., sum(parts)], sharded."""
-        return F.linear(x, self.weight, self.bias)
+        """x: [num_tokens, in_features], replicated; returns [num_tokens, sum(parts)], sharded."""
+        return self.product(x, self.bias)
 
     def part_view(self, leaf: str, part: int) -> Tensor:
         """The rows of one part of `leaf` (weight or bias), as a view."""
@@ -77,7 +76,7 @@ class GateUpParallelLinear(ColumnParallelLinear):
         super().__init__(hidden_size, parts=(columns.size, columns.size), bias=bias, dtype=dtype, device=device)
 
 
-class RowParallelLinear(nn.Module):
+class RowParallelLinear(PackableLinear):
     """y {partial over tp} = x[:, I_r] @ W[:, I_r].T
     y = all_reduce(y) + b                      bias once, after the sum
 
@@ -95,15 +94,15 @@ class RowParallelLinear(nn.Module):
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        super().__init__()
+        super().__init__(_empty(out_features, columns.size, dtype=dtype, device=device))
         self.group = group
-        shape = (out_features, columns.size)
-        self.weight = nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)
-        self.bias = (
-            nn.Parameter(torch.empty(shape[0], dtype=dtype, device=device), requires_grad=False) if bias else None
-        )
+        self.bias = _empty(out_features, dtype=dtype, device=device) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: [..., columns.size], sharded; returns [..., out_features], replicated."""
-        y = self.group.all_reduce(F.linear(x, self.weight))
+        """x: [num_tokens, columns.size], sharded; returns [num_tokens, out_features], replicated."""
+        y = self.group.all_reduce(self.product(x))
         return y if self.bias is None else y.add_(self.bias)
+
+
+def _empty(*shape: int, dtype: torch.dtype, device: torch.device) -> nn.Parameter:
+    return nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)

@@ -12,11 +12,13 @@ class RMSNorm(nn.Module):
 
     def __init__(self, size: int, *, eps: float, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
-        self.eps = eps
+        self.eps: Tensor
+        self.register_buffer("eps", torch.tensor(eps, dtype=torch.float32, device=device), persistent=False)
         self.weight = nn.Parameter(torch.empty(size, dtype=dtype, device=device), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., size]; returns the same shape and dtype."""
         wide = x.float()
-        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * (wide * scale).to(x.dtype)
+        length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+        scale = torch.addcmul(self.eps, length, length, value=1 / x.shape[-1]).rsqrt_()
+        return (wide * scale).to(x.dtype).mul_(self.weight)

@@ -243,5 +243,5 @@ class GatedMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
-        projected: Tensor = self.down_proj(self.act(gate) * up)
+        projected: Tensor = self.down_proj(self.act(gate).mul_(up))
         return projected
