@@ -11,7 +11,17 @@ from tpdist.parallel.group import PeerLostError, RankGroup, SingleGroup
 from tpdist.parallel.process_group import agree_minimum, connect, create_store, disconnect, wait_for_all
 
 
-def collectives(group: RankGroup, sizes: list[int]) -> dict[str, object]:
+def collectives(rank: int, meeting: Meeting, sizes: list[int], host_id: str | None) -> dict[str, object]:
+    size = len(sizes)
+    group = connect(
+        rank=rank,
+        world_size=size,
+        tp_size=size,
+        backend="gloo",
+        store=open_store(meeting),
+        timeout_s=30,
+        host_id=host_id,
+    )
     generator = torch.Generator().manual_seed(0)
     parts = torch.randn(group.size, 5, 7, generator=generator)
     mine = parts[group.rank]
@@ -26,14 +36,15 @@ def collectives(group: RankGroup, sizes: list[int]) -> dict[str, object]:
     }
 
 
+@pytest.mark.parametrize("host_id", ["", None], ids=["gloo", "shared memory"])
 @pytest.mark.parametrize("sizes", [[3, 1], [2, 2, 2], [4, 0, 1]])
-def test_collectives_agree_with_the_sum_concatenation_and_first_rank(sizes):
+def test_collectives_agree_with_the_sum_concatenation_and_first_rank(sizes, host_id):
     world_size = len(sizes)
     parts = torch.randn(world_size, 5, 7, generator=torch.Generator().manual_seed(0))
     total = parts[0].clone()
     for part in parts[1:]:
         total += part
-    for rank, seen in enumerate(run_ranks(collectives, world_size, sizes)):
+    for rank, seen in enumerate(run_processes(collectives, world_size, sizes, host_id)):
         assert torch.equal(seen["float32"], total)
         assert torch.equal(seen["bfloat16"], sum(part.bfloat16().float() for part in parts).bfloat16())
         assert torch.equal(seen["strided"], total.t())
@@ -77,13 +88,15 @@ def test_a_killed_rank_is_reported_with_its_exit_code():
 
 
 def survive(rank: int, meeting: Meeting) -> object:
-    group = connect(rank=rank, world_size=3, tp_size=3, backend="gloo", store=open_store(meeting), timeout_s=20)
+    group = connect(
+        rank=rank, world_size=3, tp_size=3, backend="gloo", store=open_store(meeting), timeout_s=20, host_id=""
+    )
     if rank < 2:
         return lose_the_last_rank(group)
     return "gone"
 
 
-def test_a_collective_with_a_lost_peer_raises_soon_and_names_itself():
+def test_a_collective_over_gloo_with_a_lost_peer_raises_soon_and_names_itself():
     seen = run_processes(survive, 3)
     for rank, (message, has_cause, waited_s) in enumerate(seen[:2]):
         assert f"all_reduce of (3,) failed on rank {rank} of 3: a peer has gone" in message

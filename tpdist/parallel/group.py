@@ -86,14 +86,19 @@ def pad_last_dim(x: Tensor, size: int) -> Tensor:
     return F.pad(x, (0, size - x.shape[-1])) if x.shape[-1] < size else x.contiguous()
 
 
-def sum_in_rank_order(parts: Tensor, *, out: Tensor) -> Tensor:
+def sum_in_rank_order(parts: Sequence[Tensor], *, out: Tensor) -> Tensor:
     """out = parts[0] + parts[1] + ..., in this order, so that every rank that holds the same parts gets equal bits.
 
-    parts: [size, *shape], overwritten; out: shape. 16-bit types are added in float32 and rounded once, which makes the
-    sum as exact as a float32 accumulator of an unsharded matrix product would be.
+    parts: at least two, each of out's shape and dtype, none of them out. 16-bit types are added in float32 and rounded
+    once, which makes the sum as exact as a float32 accumulator of an unsharded matrix product would be.
     """
-    wide = torch.float32 if parts.dtype in (torch.bfloat16, torch.float16) else parts.dtype
-    total = parts[0].to(wide)
+    if out.dtype not in (torch.bfloat16, torch.float16) or len(parts) == 2:
+        # torch adds two 16-bit numbers in float32, too.
+        torch.add(parts[0], parts[1], out=out)
+        for part in parts[2:]:
+            out += part
+        return out
+    total = parts[0].float()
     for part in parts[1:]:
         total += part
     return out.copy_(total)
