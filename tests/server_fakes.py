@@ -1,6 +1,7 @@
 """What the server's tests stand on: a small byte-level tokenizer, a cluster that answers from a script, and apps."""
 
 import asyncio
+import math
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
@@ -20,6 +21,7 @@ from tpdist.control.messages import (
     NodeView,
     RankView,
     RestartView,
+    TokenLogprobs,
     TokenOutput,
 )
 from tpdist.errors import RequestError
@@ -27,6 +29,7 @@ from tpdist.server.api import create_app
 from tpdist.server.tokenizer import Tokenizer, load_tokenizer
 
 MODEL = "tiny"
+VOCAB_SIZE = 320
 CHAT_TEMPLATE = (
     "{% for m in messages %}{% if m['content'] == 'refuse' %}{{ raise_exception('not this') }}{% endif %}"
     "<|start|>{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
@@ -42,7 +45,7 @@ def save_tokenizer(folder: Path, *, chat_template: str | None = CHAT_TEMPLATE) -
     bpe.pre_tokenizer = byte_level(add_prefix_space=False)
     bpe.decoder = tokenizers.decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=320,
+        vocab_size=VOCAB_SIZE,
         special_tokens=["<|end|>", "<|start|>"],
         initial_alphabet=byte_level.alphabet(),
         show_progress=False,
@@ -83,11 +86,21 @@ def _node(index: int) -> NodeView:
     return NodeView(node_id=name, role=role, host="h", pid=10, state="ready", last_seen_s=0.5, ranks=(rank,))
 
 
+def logprobs_at(token: int, most: int) -> TokenLogprobs:
+    """What the fake engine says of a position where `token` stands: always the second of three, the others are
+    impossible; a higher id is less probable."""
+    own = -1.0 - token / 1000
+    best = [((token + 1) % VOCAB_SIZE, -0.5), (token, own), ((token + 2) % VOCAB_SIZE, -2.0)]
+    best += [((token + place) % VOCAB_SIZE, -math.inf) for place in range(3, 20)]
+    return TokenLogprobs((token, *(other for other, _ in best[:most])), (own, *(value for _, value in best[:most])), 2)
+
+
 class FakeClient:
     """An EngineClient that answers each request with `answer(request)`, `per_step` tokens at a time, then <|end|>.
 
     After `fail_after` tokens it raises `failure`; after `hang_after` tokens it waits for ever. `requests`, `aborted`
-    and `drains` are what it was asked.
+    and `drains` are what it was asked. Of each prompt, `num_cached_tokens` were in the prefix cache. The prompt's
+    log-probabilities come in two parts, the first of them before any token.
     """
 
     def __init__(
@@ -98,6 +111,7 @@ class FakeClient:
         fail_after: int | None = None,
         failure: Exception | None = None,
         hang_after: int | None = None,
+        num_cached_tokens: int = 0,
     ) -> None:
         self.current = ready_state()
         self.requests: list[Generate] = []
@@ -109,6 +123,7 @@ class FakeClient:
         self._fail_after = fail_after
         self._failure = failure or RequestError("rank 1 was lost", status=503)
         self._hang_after = hang_after
+        self._num_cached_tokens = num_cached_tokens
 
     def state(self) -> ClusterState:
         return self.current
@@ -121,11 +136,19 @@ class FakeClient:
         finished = False
         try:
             tokens, reason = self._tokens(request)
+            num_cached = self._num_cached_tokens
+            first, rest = self._prompt_logprobs(request)
+            if first:
+                yield TokenOutput(request.request_id, (), None, (), first, num_cached)
+                num_cached = 0
             for start in range(0, len(tokens), self._per_step):
                 await self._misbehave(start)
-                step = tokens[start : start + self._per_step]
+                step = tuple(tokens[start : start + self._per_step])
                 finished = start + len(step) == len(tokens)
-                yield TokenOutput(request.request_id, tuple(step), reason if finished else None)
+                most = request.sampling.logprobs
+                logprobs = () if most is None else tuple(logprobs_at(token, most) for token in step)
+                yield TokenOutput(request.request_id, step, reason if finished else None, logprobs, rest, num_cached)
+                rest, num_cached = (), 0
         finally:
             if not finished:
                 self.aborted.append(request.request_id)
@@ -134,6 +157,13 @@ class FakeClient:
         tokens = [*self._answer(request), *request.eos_token_ids[:1]]
         limit = request.sampling.max_tokens or len(tokens)
         return tokens[:limit], "length" if limit < len(tokens) else "stop"
+
+    def _prompt_logprobs(self, request: Generate) -> tuple[tuple[TokenLogprobs, ...], tuple[TokenLogprobs, ...]]:
+        most = request.sampling.prompt_logprobs
+        if most is None:
+            return (), ()
+        found = tuple(logprobs_at(token, most) for token in request.prompt_token_ids[1:])
+        return found[: len(found) // 2], found[len(found) // 2 :]
 
     async def _misbehave(self, num_done: int) -> None:
         await asyncio.sleep(0)
@@ -151,7 +181,7 @@ def loaded(tokenizer: Tokenizer) -> Future[Tokenizer]:
 
 
 def app_for(client: FakeClient, tokenizer: Tokenizer | Future[Tokenizer], **changes: Any) -> FastAPI:
-    fields: dict[str, Any] = {"model_names": [MODEL, "alias"], "vocab_size": 320, "eos_token_ids": [0]}
+    fields: dict[str, Any] = {"model_names": [MODEL, "alias"], "vocab_size": VOCAB_SIZE, "eos_token_ids": [0]}
     future = tokenizer if isinstance(tokenizer, Future) else loaded(tokenizer)
     return create_app(client, tokenizer=future, **{**fields, **changes})
 

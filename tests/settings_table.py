@@ -32,7 +32,10 @@ def _section(section: str) -> Iterator[str]:
 def _row(option: Option) -> str:
     variables = " or ".join(f"`{variable}`" for variable in option.variables)
     flag = f"`{option.flag} {option.metavar}`".replace(" `", "`")
-    default = "" if option.default is None or option.is_switch else f"`{option.default}`"
+    if option.off_flag:
+        flag += f", `{option.off_flag}`"
+    hidden = option.default is None or (option.is_switch and not option.default)
+    default = "" if hidden else f"`{option.default}`"
     cells = (variables, flag, default, option.description)
     return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
 

@@ -12,8 +12,9 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 from checkpoints import make_checkpoint, reference_tokens
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from tpdist import LLM, SamplingParams
 from tpdist.errors import CheckpointError, LostError, PlanError, RequestError, SettingsError
@@ -131,6 +132,83 @@ def test_stop_strings_end_an_answer(two_ranks: LLM) -> None:
     (output,) = two_ranks.generate("Hello", sampling)
     assert output.outputs[0].text == text[: text.index(text[3:5])]
     assert output.outputs[0].finish_reason == "stop"
+    assert output.outputs[0].stop_reason == text[3:5]
+
+
+def transformers_logprobs(model: Path, tokens: list[int]) -> torch.Tensor:
+    """What transformers makes of each next token: [num_tokens, vocab_size]."""
+    reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    with torch.no_grad():
+        logprobs: torch.Tensor = reference(torch.tensor([tokens])).logits[0].log_softmax(dim=-1)
+    return logprobs
+
+
+def test_logprobs_of_answer_and_prompt_are_those_of_transformers(
+    two_ranks: LLM, model: Path, expected: list[list[int]]
+) -> None:
+    sampling = SamplingParams(max_tokens=NUM_TOKENS, temperature=0, ignore_eos=True, logprobs=2, prompt_logprobs=0)
+    (output,) = two_ranks.generate([PROMPTS[1]], sampling)
+    answer, prompt = output.outputs[0], PROMPTS[1]
+    reference = transformers_logprobs(model, prompt + expected[1])
+    assert answer.token_ids == expected[1]
+    assert answer.logprobs is not None
+    own = [entry[token].logprob for entry, token in zip(answer.logprobs, expected[1], strict=True)]
+    assert answer.cumulative_logprob == pytest.approx(sum(own))
+    for position, entry in enumerate(answer.logprobs, start=len(prompt) - 1):
+        ids = reference[position].topk(2).indices.tolist()
+        assert list(entry) == ids, "the greedy token is the most probable one"
+        assert [found.rank for found in entry.values()] == [1, 2]
+        assert [found.logprob for found in entry.values()] == pytest.approx(reference[position, ids].tolist(), abs=1e-3)
+        assert all(found.decoded_token == text_of(model, token) for token, found in entry.items())
+    assert output.prompt_logprobs is not None
+    assert output.prompt_logprobs[0] is None
+    for position, (token, found) in enumerate(zip(prompt[1:], output.prompt_logprobs[1:], strict=True)):
+        assert found is not None
+        assert list(found) == [token]
+        assert found[token].logprob == pytest.approx(reference[position, token].item(), abs=1e-3)
+        assert found[token].rank == 1 + int((reference[position] > reference[position, token]).sum())
+
+
+def text_of(model: Path, token: int) -> str:
+    text: str = PreTrainedTokenizerFast.from_pretrained(model).decode([token])
+    return text
+
+
+def test_logprobs_that_nobody_asked_for_are_none(two_ranks: LLM) -> None:
+    (output,) = two_ranks.generate([PROMPTS[1]], GREEDY)
+    assert (output.prompt_logprobs, output.outputs[0].logprobs, output.outputs[0].cumulative_logprob) == (None,) * 3
+
+
+def test_n_answers_are_those_of_the_seeds_that_follow(two_ranks: LLM) -> None:
+    def draw(**options: Any) -> list[list[int]]:
+        sampling = SamplingParams(max_tokens=NUM_TOKENS, temperature=2.0, ignore_eos=True, **options)
+        (output,) = two_ranks.generate([PROMPTS[1]], sampling)
+        assert [answer.index for answer in output.outputs] == list(range(sampling.n))
+        return [answer.token_ids for answer in output.outputs]
+
+    assert draw(n=3, seed=5) == [draw(seed=5 + answer)[0] for answer in range(3)]
+
+
+def test_the_best_of_several_answers_come_first(two_ranks: LLM) -> None:
+    options: dict[str, Any] = {"max_tokens": NUM_TOKENS, "temperature": 2.0, "ignore_eos": True, "seed": 3}
+    (candidates,) = two_ranks.generate([PROMPTS[1]], SamplingParams(n=4, logprobs=0, **options))
+    (best,) = two_ranks.generate([PROMPTS[1]], SamplingParams(n=2, best_of=4, **options))
+    order = sorted(candidates.outputs, key=lambda answer: answer.cumulative_logprob or 0.0, reverse=True)
+    assert [answer.token_ids for answer in best.outputs] == [answer.token_ids for answer in order[:2]]
+    assert [answer.logprobs for answer in best.outputs] == [None, None]
+
+
+def test_priorities_are_one_for_all_or_one_for_each(two_ranks: LLM, expected: list[list[int]]) -> None:
+    for priority in (3, [2, 1, 0]):
+        outputs = two_ranks.generate(PROMPTS, GREEDY, priority=priority)
+        assert [output.outputs[0].token_ids for output in outputs] == expected
+    with pytest.raises(ValueError, match="3 prompts need as many priorities, got 1"):
+        two_ranks.generate(PROMPTS, GREEDY, priority=[1])
+
+
+def test_a_bias_of_a_token_that_the_model_does_not_have_is_refused(two_ranks: LLM) -> None:
+    with pytest.raises(RequestError, match=r"logit_bias.*300"):
+        two_ranks.generate([PROMPTS[1]], SamplingParams(logit_bias={300: 1.0}))
 
 
 def test_it_works_where_an_event_loop_runs_already(two_ranks: LLM, expected: list[list[int]]) -> None:

@@ -38,7 +38,9 @@ def test_a_chat_answer_has_openais_shape(app: FastAPI) -> None:
     body = chat(app).json()
     responses.ChatResponse.model_validate(body)
     message = {"role": "assistant", "content": TEXT, "refusal": None}
-    assert body["choices"] == [{"index": 0, "message": message, "logprobs": None, "finish_reason": "stop"}]
+    assert body["choices"] == [
+        {"index": 0, "message": message, "logprobs": None, "finish_reason": "stop", "stop_reason": None}
+    ]
 
 
 def test_the_prompt_is_what_the_template_writes_with_no_second_bos(

@@ -50,11 +50,14 @@ def test_a_completion_has_openais_shape(app: FastAPI, tokenizer: Tokenizer) -> N
     responses.CompletionResponse.model_validate(body)
     num_prompt = len(tokenizer.encode("the quick", add_special_tokens=True))
     num_answer = len(tokenizer.encode(TEXT, add_special_tokens=False)) + 1
-    assert body["choices"] == [{"index": 0, "text": TEXT, "logprobs": None, "finish_reason": "stop"}]
+    assert body["choices"] == [
+        {"index": 0, "text": TEXT, "logprobs": None, "finish_reason": "stop", "stop_reason": None}
+    ]
     assert body["usage"] == {
         "prompt_tokens": num_prompt,
         "completion_tokens": num_answer,
         "total_tokens": num_prompt + num_answer,
+        "prompt_tokens_details": {"cached_tokens": 0},
     }
 
 
@@ -76,6 +79,9 @@ def test_all_sampling_parameters_reach_the_engine(app: FastAPI, client: FakeClie
         "top_k": -1,
         "min_p": 0.1,
         "repetition_penalty": 1.1,
+        "frequency_penalty": -0.5,
+        "presence_penalty": 2,
+        "include_stop_str_in_output": True,
         "min_tokens": 2,
         "seed": 7,
         "stop": "zzz",
@@ -83,15 +89,18 @@ def test_all_sampling_parameters_reach_the_engine(app: FastAPI, client: FakeClie
         "ignore_eos": True,
         "skip_special_tokens": False,
     }
-    assert complete(app, prompt="x", **chosen).status_code == 200
+    assert complete(app, prompt="x", logit_bias={"5": 1, "0": -100}, priority=-3, **chosen).status_code == 200
+    assert client.requests[0].priority == -3
     sampling = client.requests[0].sampling
+    assert sampling.logit_bias == {5: 1.0, 0: -100.0}
     expected = {**chosen, "top_k": 0, "stop": ("zzz",), "stop_token_ids": (9,), "max_tokens": 64}
     assert {name: getattr(sampling, name) for name in expected} == expected
     assert client.requests[0].eos_token_ids == (0,)
 
 
 def test_null_means_the_default(app: FastAPI, client: FakeClient) -> None:
-    fields = ("temperature", "top_p", "n", "seed", "stop", "stream", "stream_options", "logprobs", "echo", "user")
+    fields = ("temperature", "top_p", "n", "best_of", "seed", "stop", "stream", "stream_options", "logprobs", "echo")
+    fields += ("user", "logit_bias", "frequency_penalty", "prompt_logprobs", "include_stop_str_in_output", "priority")
     assert complete(app, prompt="x", **dict.fromkeys(fields)).status_code == 200
     assert client.requests[0].sampling.temperature == 1.0
 

@@ -92,8 +92,8 @@ def test_the_official_client_raises_its_own_errors(tokenizer: Tokenizer) -> None
             with pytest.raises(openai.NotFoundError):
                 await client.completions.create(model="other", prompt="x")
             with pytest.raises(openai.BadRequestError) as caught:
-                await client.completions.create(model=MODEL, prompt="x", echo=True)
-            assert caught.value.param == "echo"
+                await client.completions.create(model=MODEL, prompt="x", suffix="y")
+            assert caught.value.param == "suffix"
             with pytest.raises(openai.InternalServerError) as lost:
                 await client.completions.create(model=MODEL, prompt="x")
             assert lost.value.status_code == 503

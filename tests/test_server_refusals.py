@@ -47,12 +47,35 @@ def error_of(response: httpx.Response, status: int = 400) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("frequency_penalty", 0.1),
-        ("presence_penalty", -1),
-        ("logit_bias", {"5": 1}),
+        ("frequency_penalty", 2.1),
+        ("frequency_penalty", "1"),
+        ("presence_penalty", -3),
+        ("logit_bias", {"5": 101}),
+        ("logit_bias", {"5": True}),
+        ("logit_bias", {"5": "1"}),
+        ("logit_bias", {"05": 1}),
+        ("logit_bias", {"-5": 1}),
+        ("logit_bias", {"5.0": 1}),
+        ("logit_bias", {"\u0665": 1}),
+        ("logit_bias", {"9" * 5000: 1}),
+        ("logit_bias", {"320": 1}),
+        ("logit_bias", {str(token): 1 for token in range(1025)}),
+        ("logit_bias", [5]),
         ("response_format", {"type": "json_object"}),
+        ("response_format", {"type": "json_schema", "json_schema": {"name": "x", "schema": {}}}),
+        ("structured_outputs", {"json": {}}),
+        ("guided_json", {}),
+        ("guided_regex", "a*"),
+        ("guided_choice", ["a"]),
+        ("guided_grammar", "x"),
         ("use_beam_search", True),
-        ("logprobs", True),
+        ("include_stop_str_in_output", 1),
+        ("logprobs", "yes"),
+        ("prompt_logprobs", -1),
+        ("prompt_logprobs", 21),
+        ("prompt_logprobs", True),
+        ("priority", 1.5),
+        ("priority", 2**31),
         ("temprature", 1),
         ("metadata", {"a": "b"}),
         ("temperature", -1),
@@ -100,19 +123,57 @@ def test_a_field_that_is_wrong_unknown_or_unsupported_is_named(
 @pytest.mark.parametrize(
     ("path", "field", "value"),
     [
-        ("/v1/completions", "echo", True),
-        ("/v1/completions", "logprobs", 0),
-        ("/v1/completions", "best_of", 2),
         ("/v1/completions", "suffix", "x"),
+        ("/v1/completions", "structured_outputs", {"json": {}}),
+        ("/v1/chat/completions", "response_format", {"type": "json_schema"}),
         ("/v1/chat/completions", "tools", [{"type": "function"}]),
         ("/v1/chat/completions", "tool_choice", "auto"),
-        ("/v1/chat/completions", "top_logprobs", 3),
+        ("/v1/chat/completions", "functions", [{"name": "f"}]),
+        ("/v1/chat/completions", "modalities", ["text", "audio"]),
+        ("/v1/chat/completions", "audio", {"voice": "x"}),
         ("/v1/chat/completions", "reasoning_effort", "high"),
     ],
 )
 def test_an_unsupported_field_of_one_endpoint_is_named(app: FastAPI, path: str, field: str, value: object) -> None:
     error = error_of(call(app, "POST", path, json={**PATHS[path], field: value}))
     assert (error["param"], "not supported" in error["message"]) == (field, True)
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "param"),
+    [
+        ("/v1/completions", {"logprobs": True}, "logprobs"),
+        ("/v1/completions", {"logprobs": 21}, "logprobs"),
+        ("/v1/completions", {"echo": 1}, "echo"),
+        ("/v1/completions", {"best_of": 1, "n": 2}, "best_of"),
+        ("/v1/completions", {"best_of": 129}, "best_of"),
+        ("/v1/completions", {"best_of": 2, "stream": True}, "best_of"),
+        ("/v1/completions", {"prompt": ["x"] * 100, "best_of": 100}, "prompt"),
+        ("/v1/completions", {"max_tokens": 0, "echo": False}, "max_tokens"),
+        ("/v1/completions", {"prompt": [5] * 128, "max_tokens": 0, "echo": True}, "prompt"),
+        ("/v1/completions", {"n": 2, "seed": 2**63 - 1}, "seed"),
+        ("/v1/chat/completions", {"logprobs": 1}, "logprobs"),
+        ("/v1/chat/completions", {"top_logprobs": 3}, "top_logprobs"),
+        ("/v1/chat/completions", {"top_logprobs": 3, "logprobs": False}, "top_logprobs"),
+        ("/v1/chat/completions", {"top_logprobs": 21, "logprobs": True}, "top_logprobs"),
+        ("/v1/chat/completions", {"best_of": 1}, "best_of"),
+        ("/v1/chat/completions", {"echo": False}, "echo"),
+        ("/v1/chat/completions", {"prompt_logprobs": 1, "stream": True}, "prompt_logprobs"),
+        (
+            "/v1/completions",
+            {"stream": True, "stream_options": {"continuous_usage_stats": True}},
+            "stream_options.continuous_usage_stats",
+        ),
+    ],
+)
+def test_fields_that_do_not_go_together_are_named(
+    app: FastAPI, client: FakeClient, path: str, fields: dict[str, Any], param: str
+) -> None:
+    client.requests.clear()
+    error = error_of(call(app, "POST", path, json={**PATHS[path], **fields}))
+    assert error["param"] == param
+    assert param in error["message"]
+    assert client.requests == []
 
 
 OFF = {"n": 1, "frequency_penalty": 0, "presence_penalty": 0.0, "logit_bias": {}, "response_format": {"type": "text"}}
@@ -139,7 +200,9 @@ def test_a_misspelt_field_gets_the_nearest_name(app: FastAPI) -> None:
     "prompt", [5, None, [], "", [[]], [["a"]], [1, "a"], [1.5], [True], {"a": 1}, [[1], []], [-1], [320], [10**30]]
 )
 def test_a_prompt_that_is_none_is_refused(app: FastAPI, prompt: object) -> None:
-    assert error_of(call(app, "POST", "/v1/completions", json={"model": MODEL, "prompt": prompt}))["param"] == "prompt"
+    for options in ({}, {"echo": True, "logprobs": 0}):
+        body = {"model": MODEL, "prompt": prompt, **options}
+        assert error_of(call(app, "POST", "/v1/completions", json=body))["param"] == "prompt"
 
 
 @pytest.mark.parametrize(
@@ -227,6 +290,17 @@ def test_an_unknown_model_is_404(app: FastAPI, path: str) -> None:
     assert MODEL in error["message"]
 
 
+@pytest.mark.parametrize("body", [{"model": MODEL, "input": "x"}, None])
+def test_embeddings_are_refused_in_words(app: FastAPI, body: object) -> None:
+    assert "embeddings are not supported" in error_of(call(app, "POST", "/v1/embeddings", json=body))["message"]
+
+
+@pytest.mark.parametrize("path", ["/v1/responses", "/v1/moderations", "/v1/images/generations", "/v1/audio/speech"])
+def test_openais_other_endpoints_are_404(app: FastAPI, path: str) -> None:
+    error = error_of(call(app, "POST", path, json={"model": MODEL, "input": "x"}), 404)
+    assert (error["code"], path in error["message"]) == ("unknown_url", True)
+
+
 def test_unknown_urls_and_wrong_methods_have_openais_error_shape(app: FastAPI) -> None:
     for path in ("/", "/v1", "/v1/nothing", "/livez/", "/v1/completions/"):
         assert path in error_of(call(app, "GET", path), 404)["message"]
@@ -261,6 +335,7 @@ JSON = st.recursive(
     max_leaves=8,
 )
 FIELDS = ("model", "prompt", "messages", "stream", "stream_options", "n", "max_tokens", "stop", "logit_bias", "seed")
+FIELDS += ("best_of", "echo", "logprobs", "top_logprobs", "prompt_logprobs", "priority", "presence_penalty")
 
 
 @pytest.mark.slow

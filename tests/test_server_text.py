@@ -8,7 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from server_fakes import small_tokenizer
 
-from tpdist.control.messages import Generate, TokenOutput
+from tpdist.control.messages import Generate, TokenLogprobs, TokenOutput
 from tpdist.sampling_params import SamplingParams
 from tpdist.server.text import REPLACEMENT, Detokenizer, StopStrings, TextReader
 from tpdist.server.tokenizer import Tokenizer
@@ -128,7 +128,7 @@ def test_text_that_may_begin_a_stop_string_is_held_back() -> None:
     stops = StopStrings(["<END>"])
     assert [stops.push(text) for text in ("a<", "EN", "x", "<E")] == ["a", "", "<ENx", ""]
     assert stops.flush() == "<E"
-    assert not stops.found
+    assert stops.found is None
 
 
 def test_the_text_is_cut_at_the_first_of_several_stop_strings() -> None:
@@ -144,20 +144,32 @@ def test_an_overlapping_start_of_a_stop_string_is_found() -> None:
     assert stops.found
 
 
+def test_an_included_stop_string_ends_the_text() -> None:
+    stops = StopStrings(["world", "or"], include=True)
+    assert stops.push("hello wo") == "hello "
+    assert stops.push("rld!") == "world"
+    assert stops.found == "world"
+
+
 @given(
     text=st.text("abc", max_size=30),
     stops=st.lists(st.text("abc", min_size=1, max_size=4), max_size=3),
     cuts=st.lists(st.integers(1, 4), min_size=30, max_size=30),
+    include=st.booleans(),
 )
-def test_a_cut_text_never_shows_a_stop_string_however_it_arrives(text: str, stops: list[str], cuts: list[int]) -> None:
-    reader, shown, rest = StopStrings(stops), "", text
+def test_a_cut_text_shows_a_stop_string_only_at_its_end_and_if_asked_to(
+    text: str, stops: list[str], cuts: list[int], include: bool
+) -> None:
+    reader, shown, rest = StopStrings(stops, include=include), "", text
     for cut in cuts:
         shown += "" if reader.found else reader.push(rest[:cut])
         rest = rest[cut:]
     shown += reader.flush()
     assert text.startswith(shown)
-    assert not any(stop in shown for stop in stops)
-    assert reader.found == any(stop in text for stop in stops)
+    before = shown.removesuffix(reader.found) if include and reader.found else shown
+    assert shown == before + (reader.found if include and reader.found else "")
+    assert not any(stop in before for stop in stops)
+    assert bool(reader.found) == any(stop in text for stop in stops)
     assert reader.found or shown == text
 
 
@@ -182,6 +194,31 @@ def test_the_token_that_ends_a_sequence_is_counted_but_not_shown(tokenizer: Toke
     piece = reader.push(TokenOutput("r", (71, 70), "stop"))
     assert piece.token_ids == (71, 70)
     assert piece.text == tokenizer.decode([71])
+
+
+def test_what_ended_a_sequence_may_be_included_in_its_text(tokenizer: Tokenizer) -> None:
+    include = {"include_stop_str_in_output": True}
+    piece = reader_for(tokenizer, stop_token_ids=(70,), **include).push(TokenOutput("r", (71, 70), "stop"))
+    assert (piece.text, piece.stop_reason) == (tokenizer.decode([71, 70]), 70)
+    piece = reader_for(tokenizer, skip_special_tokens=False, **include).push(TokenOutput("r", (71, 0), "stop"))
+    assert (piece.text, piece.stop_reason) == (tokenizer.decode([71]) + "<|end|>", None)
+    piece = reader_for(tokenizer, **include).push(TokenOutput("r", (71, 0), "stop"))
+    assert piece.text == tokenizer.decode([71])
+    tokens = tuple(tokenizer.encode("go XYZ on", add_special_tokens=False))
+    piece = reader_for(tokenizer, stop=("never", "XYZ"), **include).push(TokenOutput("r", tokens))
+    assert (piece.text, piece.stop_reason) == ("go XYZ", "XYZ")
+
+
+def test_a_piece_tells_where_its_tokens_begin_and_keeps_what_belongs_to_them(tokenizer: Tokenizer) -> None:
+    tokens = tuple(token for text in "ab\u00e9" for token in tokenizer.encode(text, add_special_tokens=False))
+    entries = tuple(TokenLogprobs((token,), (-1.0,), 1) for token in tokens)
+    reader = reader_for(tokenizer, stop=("b",))
+    piece = reader.push(TokenOutput("r", tokens, None, entries, entries[:1], 3))
+    assert (piece.offsets, piece.logprobs) == ((0, 1), entries[:2])
+    assert (piece.prompt_logprobs, piece.num_cached_tokens) == (entries[:1], 3)
+    reader = reader_for(tokenizer)
+    pieces = [reader.push(TokenOutput("r", (token,))) for token in tokens]
+    assert [piece.offsets for piece in pieces] == [(0,), (1,), (2,), (2,)]
 
 
 def test_text_held_for_a_stop_string_is_shown_when_the_sequence_ends(tokenizer: Tokenizer) -> None:

@@ -6,12 +6,21 @@ import sys
 from pathlib import Path
 
 import pytest
+import tokenizers
+import transformers
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from server_fakes import CHAT_TEMPLATE, save_tokenizer, small_tokenizer
 
 from tpdist.errors import CheckpointError, RequestError, SettingsError
-from tpdist.server.tokenizer import load_tokenizer, read_chat_template
+from tpdist.server.tokenizer import Tokenizer, load_tokenizer, read_chat_template
 
 MESSAGES = [{"role": "user", "content": "hi"}]
+
+
+@pytest.fixture(scope="module")
+def byte_level(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    return small_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 def test_a_model_with_tokenizer_json_needs_no_torch(tmp_path: Path) -> None:
@@ -60,8 +69,8 @@ def test_a_chat_template_given_as_text_or_as_a_file_replaces_the_models(tmp_path
     template = "{{ messages[0]['content'] }}!"
     file = tmp_path / "mine.jinja"
     file.write_text(template)
-    for given in (template, str(file)):
-        assert load_tokenizer(tmp_path, chat_template=given).render_chat(MESSAGES) == "hi!"
+    for value in (template, str(file)):
+        assert load_tokenizer(tmp_path, chat_template=value).render_chat(MESSAGES) == "hi!"
 
 
 def test_a_model_without_a_chat_template_says_what_to_do(tmp_path: Path) -> None:
@@ -86,6 +95,47 @@ def test_a_chat_template_that_is_not_jinja_is_refused_at_start(tmp_path: Path) -
 def test_a_chat_template_file_that_is_missing_is_a_wrong_setting() -> None:
     with pytest.raises(SettingsError, match="no-such-file"):
         read_chat_template("no-such-file.jinja")
+
+
+@given(text=st.text(max_size=40))
+@example(text="\U0001f600<|end|>a\u00e9 \n")
+@settings(max_examples=200, deadline=None)
+def test_the_bytes_of_tokens_add_up_to_the_text_even_inside_characters(byte_level: Tokenizer, text: str) -> None:
+    tokens = byte_level.encode(text, add_special_tokens=False)
+    assert b"".join(map(byte_level.token_bytes, tokens)) == text.encode()
+
+
+def test_the_text_of_a_part_of_a_character_is_a_replacement(byte_level: Tokenizer) -> None:
+    first, *_ = byte_level.encode("\U0001f600", add_special_tokens=False)
+    assert byte_level.token_bytes(first) == b"\xf0"
+    assert byte_level.token_text(first) == byte_level.decode([first]) == "\ufffd"
+
+
+def test_an_id_beyond_the_tokenizer_is_nothing(byte_level: Tokenizer) -> None:
+    assert (byte_level.token_bytes(100_000), byte_level.token_text(100_000)) == (b"", "")
+
+
+@pytest.mark.parametrize("metaspace", [True, False])
+def test_a_sentencepiece_token_keeps_the_space_that_it_begins_with(metaspace: bool) -> None:
+    names = ["<s>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581world", "\u2581\u2581", "hello", "\u00e9"]
+    model = tokenizers.models.BPE(
+        vocab={name: index for index, name in enumerate(names)}, merges=[], byte_fallback=True
+    )
+    backend = tokenizers.Tokenizer(model)
+    decoders = tokenizers.decoders
+    first = decoders.Metaspace() if metaspace else decoders.Replace("\u2581", " ")
+    strip = [] if metaspace else [decoders.Strip(" ", 1, 0)]
+    backend.decoder = decoders.Sequence([first, decoders.ByteFallback(), decoders.Fuse(), *strip])
+    tokenizer = Tokenizer(transformers.PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>"))
+    assert tokenizer.decode([257]) == "world"
+    spelt = [tokenizer.token_bytes(token) for token in (0, 1 + 0xF0, 257, 258, 259, 260)]
+    assert spelt == [b"<s>", b"\xf0", b" world", b"  ", b"hello", "\u00e9".encode()]
+
+
+def test_a_vocabulary_of_an_unknown_kind_is_read_by_decoding() -> None:
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"one": 0, "\u2581two": 1}, unk_token="one"))
+    tokenizer = Tokenizer(transformers.PreTrainedTokenizerFast(tokenizer_object=backend))
+    assert tokenizer.token_bytes(1) == "\u2581two".encode()
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ import asyncio
 import atexit
 import os
 import threading
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Iterable, Sequence
 from contextlib import ExitStack, aclosing
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,16 @@ from tpdist.control.messages import ClusterState, DrainRequest, Generate
 from tpdist.errors import RequestError, SettingsError, TpdistError, error_for
 from tpdist.node import Model, Node, open_model_later, run_directory
 from tpdist.sampling_params import SamplingParams
-from tpdist.server.text import TextReader, check_token_ids
+from tpdist.server.answers import (
+    best_answers,
+    check_sampling_ids,
+    cumulative_logprob,
+    join,
+    read_pieces,
+    split_answers,
+)
+from tpdist.server.logprobs import Logprob, by_token, prompt_by_token
+from tpdist.server.text import Piece, TextReader, check_token_ids
 from tpdist.server.tokenizer import open_tokenizer
 from tpdist.settings import Role, Settings
 
@@ -31,22 +40,35 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True, kw_only=True)
 class CompletionOutput:
-    """One answer. `finish_reason` is stop or length; a stop token is the last of `token_ids`."""
+    """One answer. `finish_reason` is stop or length; a stop token is the last of `token_ids`.
+
+    `logprobs` and `cumulative_logprob` are None unless SamplingParams.logprobs asked for them; each position has its
+    token, then the most probable ones. `stop_reason` is the stop string or the one of stop_token_ids that ended it.
+    """
 
     index: int
     text: str
     token_ids: list[int]
+    cumulative_logprob: float | None
+    logprobs: list[dict[int, Logprob]] | None
     finish_reason: str | None
+    stop_reason: str | int | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class RequestOutput:
-    """One prompt and its answers. `prompt` is None when it was given as token ids."""
+    """One prompt and its answers; with best_of the best comes first. `prompt` is None when it was given as token ids.
+
+    `prompt_logprobs` has None for the first token, which nothing predicts. `num_cached_tokens` of the prompt were
+    found in the prefix cache.
+    """
 
     request_id: str
     prompt: str | None
     prompt_token_ids: list[int]
+    prompt_logprobs: list[dict[int, Logprob] | None] | None
     outputs: list[CompletionOutput]
+    num_cached_tokens: int
     finished: bool = True
 
 
@@ -81,20 +103,25 @@ class LLM:
         self,
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        priority: int | Sequence[int] = 0,
     ) -> list[RequestOutput]:
         """Answer all prompts together, in their order. A prompt is text or token ids.
 
-        One SamplingParams serves all prompts, or give one for each. Raises RequestError for a prompt that cannot be
-        served, LostError when the ranks are lost.
+        One SamplingParams serves all prompts, or give one for each; so with `priority`, of which a lower one is served
+        first. Raises RequestError for a prompt that cannot be served, LostError when the ranks are lost.
         """
         if self._closed:
             raise RuntimeError("this LLM is closed")
         batch = _as_batch(prompts)
         if isinstance(sampling_params, SamplingParams) or sampling_params is None:
             sampling_params = [sampling_params or SamplingParams()] * len(batch)
-        if len(sampling_params) != len(batch):
-            raise ValueError(f"{len(batch)} prompts need as many SamplingParams, got {len(sampling_params)}")
-        return self._call(self._generate(batch, sampling_params))
+        if isinstance(priority, int):
+            priority = [priority] * len(batch)
+        for name, values in (("SamplingParams", sampling_params), ("priorities", priority)):
+            if len(values) != len(batch):
+                raise ValueError(f"{len(batch)} prompts need as many {name}, got {len(values)}")
+        return self._call(self._generate(batch, sampling_params, priority))
 
     def cluster_state(self) -> ClusterState:
         """The nodes and ranks of this model as they are now: what /v1/cluster shows."""
@@ -150,53 +177,81 @@ class LLM:
             await self._running
         self._cleanup.close()
 
-    async def _generate(self, prompts: Sequence[Prompt], sampling: Sequence[SamplingParams]) -> list[RequestOutput]:
-        tasks = [asyncio.create_task(self._answer(*pair)) for pair in zip(prompts, sampling, strict=True)]
+    async def _generate(
+        self, prompts: Sequence[Prompt], sampling: Sequence[SamplingParams], priorities: Sequence[int]
+    ) -> list[RequestOutput]:
         try:
-            return await asyncio.gather(*tasks)
+            return await _gather(
+                self._answer_prompt(prompt, of_prompt, priority)
+                for prompt, of_prompt, priority in zip(prompts, sampling, priorities, strict=True)
+            )
         except RequestError as error:
             if error.status < INTERNAL_SERVER_ERROR:
                 raise
             raise await self._end_of_node() from error
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _end_of_node(self) -> TpdistError:
         """Why the node is ending: it has the first cause when it has ended."""
         outcome = await asyncio.shield(self._running)
         return error_for(outcome.exit_code, outcome.cause)
 
-    async def _answer(self, prompt: Prompt, sampling: SamplingParams) -> RequestOutput:
-        is_text = isinstance(prompt, str)
+    async def _answer_prompt(self, prompt: Prompt, sampling: SamplingParams, priority: int) -> RequestOutput:
+        text = prompt if isinstance(prompt, str) else None
         ids = self._tokenizer.encode(prompt, add_special_tokens=True) if isinstance(prompt, str) else list(prompt)
         check_token_ids(ids, vocab_size=self._vocab_size, param="prompt")
+        check_sampling_ids(sampling, vocab_size=self._vocab_size)
         self._num_requests += 1
         request = Generate(
             request_id=f"llm-{self._num_requests}",
             prompt_token_ids=tuple(ids),
             sampling=sampling,
             eos_token_ids=self._eos_token_ids,
+            priority=priority,
         )
-        reader = TextReader(self._tokenizer, request)
-        text, finish_reason = "", None
-        token_ids: list[int] = []
-        async with aclosing(self._node.agent.generate(request)) as outputs:
-            async for output in outputs:
-                piece = reader.push(output)
-                text += piece.text
-                token_ids += piece.token_ids
-                finish_reason = piece.finish_reason
-                if finish_reason is not None:
-                    break
-        answer = CompletionOutput(index=0, text=text, token_ids=token_ids, finish_reason=finish_reason)
+        answers = await _gather(map(self._answer, split_answers(request)))
+        best = best_answers(answers, n=sampling.n)
         return RequestOutput(
             request_id=request.request_id,
-            prompt=str(prompt) if is_text else None,
+            prompt=text,
             prompt_token_ids=ids,
-            outputs=[answer],
+            prompt_logprobs=self._prompt_logprobs(answers[0], sampling),
+            outputs=[self._output(index, answer, sampling) for index, answer in enumerate(best)],
+            num_cached_tokens=answers[0].num_cached_tokens,
         )
+
+    async def _answer(self, request: Generate) -> Piece:
+        reader = TextReader(self._tokenizer, request)
+        async with aclosing(read_pieces(self._node.agent.generate, request, reader)) as pieces:
+            return join([piece async for piece in pieces])
+
+    def _prompt_logprobs(self, answer: Piece, sampling: SamplingParams) -> list[dict[int, Logprob] | None] | None:
+        if sampling.prompt_logprobs is None:
+            return None
+        return prompt_by_token(self._tokenizer, answer.prompt_logprobs, most=sampling.prompt_logprobs)
+
+    def _output(self, index: int, answer: Piece, sampling: SamplingParams) -> CompletionOutput:
+        most = sampling.logprobs
+        shown = None if most is None else [by_token(self._tokenizer, entry, most=most) for entry in answer.logprobs]
+        return CompletionOutput(
+            index=index,
+            text=answer.text,
+            token_ids=list(answer.token_ids),
+            cumulative_logprob=None if shown is None else cumulative_logprob(answer),
+            logprobs=shown,
+            finish_reason=answer.finish_reason,
+            stop_reason=answer.stop_reason,
+        )
+
+
+async def _gather(work: Iterable[Coroutine[Any, Any, Result]]) -> list[Result]:
+    """The results of all, in their order; the first failure ends the others, and is raised once they have ended."""
+    tasks = [asyncio.create_task(each) for each in work]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

@@ -34,6 +34,8 @@ SHARED = (
     "gpu_memory_utilization",
     "kv_cache_memory_bytes",
     "seed",
+    "enable_prefix_caching",
+    "enforce_eager",
 )
 FILES = ("api_key_file", "ssl_certfile", "ssl_keyfile")
 
@@ -86,6 +88,10 @@ class Settings(ClusterSettings):
     seed: int = option(
         0, "For the requests that bring no seed.", section="engine", metavar="N", ge=-(2**63), le=2**63 - 1
     )
+    enable_prefix_caching: bool = option(
+        True, "Keep the blocks of ended requests for prompts that begin alike.", section="engine", metavar=""
+    )
+    enforce_eager: bool = option(False, "Use no CUDA graphs.", section="engine", metavar="")
 
     host: str = option("127.0.0.1", "Address of the HTTP API.", section="http", metavar="ADDRESS")
     port: int = option(

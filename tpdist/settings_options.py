@@ -46,6 +46,11 @@ class Option:
         return "--" + self.name.replace("_", "-")
 
     @property
+    def off_flag(self) -> str:
+        """What turns a switch off that is on by default; empty for other options."""
+        return "--no-" + self.name.replace("_", "-") if self.is_switch and self.default else ""
+
+    @property
     def variable(self) -> str:
         return self.variables[0]
 

@@ -17,6 +17,7 @@ from tpdist.control.messages import DrainRequest, Generate
 from tpdist.errors import RequestError, SettingsError, error_for
 from tpdist.node import Model, Node, handled_signals, open_model_later, run_directory
 from tpdist.sampling_params import SamplingParams
+from tpdist.server.answers import join, read_pieces
 from tpdist.server.text import TextReader
 from tpdist.server.tokenizer import open_tokenizer
 from tpdist.settings import Role, Settings
@@ -97,21 +98,20 @@ async def _answer(
         eos_token_ids=model.config.eos_token_ids,
     )
     reader = TextReader(tokenizer, request)
-    pieces = []
-    async with aclosing(node.agent.generate(request)) as outputs:
-        async for output in outputs:
-            pieces.append(reader.push(output))
+    arrived = []
+    async with aclosing(read_pieces(node.agent.generate, request, reader)) as pieces:
+        async for piece in pieces:
+            arrived.append(piece)
             if not as_json:
-                click.echo(pieces[-1].text, nl=False)
-            if pieces[-1].finish_reason is not None:
-                break
+                click.echo(piece.text, nl=False)
     if not as_json:
         click.echo()
         return
-    answer = {
+    answer = join(arrived)
+    shown = {
         "prompt": prompt,
-        "text": "".join(piece.text for piece in pieces),
-        "token_ids": [token for piece in pieces for token in piece.token_ids],
-        "finish_reason": pieces[-1].finish_reason,
+        "text": answer.text,
+        "token_ids": answer.token_ids,
+        "finish_reason": answer.finish_reason,
     }
-    click.echo(msgspec.json.encode(answer))
+    click.echo(msgspec.json.encode(shown))

@@ -31,8 +31,9 @@ class SettingsOption(click.Option):
     """One flag of one setting; `heading` is where help shows it."""
 
     def __init__(self, param_decls: Sequence[str], *, setting: Option) -> None:
+        flag = f"{setting.flag}/{setting.off_flag}" if setting.off_flag else setting.flag
         super().__init__(
-            [*param_decls, setting.flag, setting.name],
+            [*param_decls, flag, setting.name],
             is_flag=setting.is_switch,
             default=None,
             type=None if setting.is_switch else str,
@@ -75,5 +76,6 @@ def _load(flags: dict[str, Any]) -> Settings:
 
 
 def _help(setting: Option) -> str:
-    shown = "" if setting.default is None or setting.is_switch else f"; default: {setting.default}"
+    default = "on" if setting.off_flag else setting.default
+    shown = "" if default is None or default is False else f"; default: {default}"
     return f"{setting.description} [{' or '.join(setting.variables)}{shown}]"

@@ -18,6 +18,7 @@ from tpdist.server.operations import operations_router
 from tpdist.server.service import Service
 from tpdist.server.tokenization import tokenization_router
 from tpdist.server.tokenizer import Tokenizer
+from tpdist.server.unsupported import unsupported_router
 
 
 def create_app(
@@ -53,6 +54,7 @@ def create_app(
     app.state.max_body_bytes = max_body_bytes
     for router in (completions_router, chat_router, tokenization_router, operations_router):
         app.include_router(router(service))
+    app.include_router(unsupported_router())
     install_handlers(app)
     app.add_middleware(RequireApiKey, keys=keys)
     return app

@@ -22,6 +22,9 @@ MAX_INT = 2**31 - 1
 MAX_CHOICES = 1024
 MAX_STOP_STRINGS = 32
 MAX_STOP_CHARS = 512
+MAX_BIASES = 1024
+MAX_BIAS = 100
+MAX_ID_DIGITS = 10
 
 Prompts = tuple[str | tuple[int, ...], ...]
 
@@ -98,6 +101,23 @@ def _parse_stop(value: Any) -> tuple[str, ...]:
     return tuple(stops)
 
 
+def _parse_bias(value: Any) -> dict[int, float] | None:
+    if value is None:
+        return None
+    if not isinstance(value, dict) or not all(map(_is_bias, value, value.values())):
+        raise PydanticCustomError(
+            "value", "must be an object of token ids, each with a bias from -{most} to {most}", {"most": MAX_BIAS}
+        )
+    if len(value) > MAX_BIASES:
+        raise PydanticCustomError("value", "may hold at most {most} token ids", {"most": MAX_BIASES})
+    return {int(token): float(bias) for token, bias in value.items()}
+
+
+def _is_bias(token: Any, bias: Any) -> bool:
+    is_id = isinstance(token, str) and len(token) <= MAX_ID_DIGITS and token.isascii() and token.isdecimal()
+    return is_id and str(int(token)) == token and type(bias) in (int, float) and -MAX_BIAS <= bias <= MAX_BIAS
+
+
 Int = Annotated[int, Field(ge=0, le=MAX_INT)]
 PositiveInt = Annotated[int, Field(ge=1, le=MAX_INT)]
 Text = Annotated[str, Field(min_length=1)]
@@ -108,3 +128,6 @@ PromptField = Annotated[Prompts, PlainValidator(_parse_prompt, json_schema_input
 StopText = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
 StopInput = StopText | Annotated[list[StopText], Field(max_length=MAX_STOP_STRINGS)] | None
 StopField = Annotated[tuple[str, ...], PlainValidator(_parse_stop, json_schema_input_type=StopInput)]
+Bias = Annotated[float, Field(ge=-MAX_BIAS, le=MAX_BIAS)]
+BiasInput = Annotated[dict[str, Bias], Field(max_length=MAX_BIASES)] | None
+BiasField = Annotated[dict[int, float] | None, PlainValidator(_parse_bias, json_schema_input_type=BiasInput)]

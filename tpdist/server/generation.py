@@ -1,7 +1,7 @@
 """One HTTP request as sequences for the engine, and their outputs as pieces of text.
 
-Knows nothing of HTTP or of the shape of an answer. Each choice is one Generate with an id of its own; leaving any of
-the generators here early closes the engine's, which aborts the sequence on all ranks.
+Knows nothing of HTTP or of the shape of an answer. Leaving any of the generators here early closes the engine's, which
+aborts the sequence on all ranks.
 """
 
 import asyncio
@@ -9,8 +9,11 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 
+import msgspec
+
 from tpdist.control.messages import EngineInfo, Generate
-from tpdist.errors import RequestError
+from tpdist.server.answers import check_sampling_ids, read_pieces, split_answers
+from tpdist.server.echo import Echo, make_echo
 from tpdist.server.errors import ApiError
 from tpdist.server.metrics import SequenceTimer
 from tpdist.server.schema import GenerationRequest
@@ -23,13 +26,24 @@ LONG_TEXT_CHARS = 8192
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """All choices of one HTTP request, in the order of their index. `num_prompt_tokens` counts each prompt once."""
+    """All sequences of one HTTP request: those of one prompt, `per_prompt` of them, stand together.
+
+    `num_prompt_tokens` counts each prompt once. `echoes` are the prompts if answers begin with them. With
+    `prompt_only` the one token that the engine makes is dropped.
+    """
 
     service: Service
     tokenizer: Tokenizer
-    choices: tuple[Generate, ...]
+    sequences: tuple[Generate, ...]
+    per_prompt: int
+    echoes: tuple[Echo, ...]
+    prompt_only: bool
     num_prompt_tokens: int
     arrived_s: float
+
+    def echo(self, index: int) -> Echo | None:
+        """What the answer of sequence `index` begins with."""
+        return self.echoes[index // self.per_prompt] if self.echoes else None
 
 
 async def encode(tokenizer: Tokenizer, text: str, *, add_special_tokens: bool) -> tuple[int, ...]:
@@ -46,32 +60,36 @@ def plan_job(
     service: Service,
     tokenizer: Tokenizer,
     prompts: Sequence[tuple[int, ...]],
+    echoed: Sequence[str | Sequence[int]] = (),
     arrived_s: float,
 ) -> Job:
-    """One sequence for each prompt and answer. `arrived_s` is when the request came, on the monotonic clock.
+    """The sequences of each prompt. `echoed` are the prompts as the client gave them, if answers begin with them;
+    `arrived_s` is when the request came, on the monotonic clock.
 
     Raises ApiError or RequestError, status 400, for what the model or the cache cannot hold.
     """
     engine, param = service.ready_engine(), body.PROMPT_FIELD
-    check_token_ids(body.stop_token_ids or (), vocab_size=service.vocab_size, param="stop_token_ids")
-    choices: list[Generate] = []
-    for prompt in prompts:
+    sequences: list[Generate] = []
+    for number, prompt in enumerate(prompts):
         check_token_ids(prompt, vocab_size=service.vocab_size, param=param)
         room = room_for(prompt, max_tokens=body.token_limit, engine=engine, param=param)
-        limit = body.token_limit or min(room, body.DEFAULT_TOKENS or room)
-        for answer in range(body.n or 1):
-            choices.append(
-                Generate(
-                    request_id=f"{request_id}-{len(choices)}",
-                    prompt_token_ids=prompt,
-                    sampling=body.sampling(max_tokens=limit, answer=answer),
-                    eos_token_ids=service.eos_token_ids,
-                )
-            )
+        sampling = body.sampling(max_tokens=body.token_limit or min(room, body.DEFAULT_TOKENS or room))
+        check_sampling_ids(sampling, vocab_size=service.vocab_size)
+        request = Generate(
+            request_id=f"{request_id}-{number}",
+            prompt_token_ids=prompt,
+            sampling=sampling,
+            eos_token_ids=service.eos_token_ids,
+            priority=body.priority or 0,
+        )
+        sequences += split_answers(request)
     return Job(
         service=service,
         tokenizer=tokenizer,
-        choices=tuple(choices),
+        sequences=tuple(sequences),
+        per_prompt=len(sequences) // len(prompts),
+        echoes=tuple(make_echo(tokenizer, *pair) for pair in zip(echoed, prompts, strict=False)),
+        prompt_only=body.prompt_only,
         num_prompt_tokens=sum(map(len, prompts)),
         arrived_s=arrived_s,
     )
@@ -95,35 +113,37 @@ def room_for(prompt: tuple[int, ...], *, max_tokens: int | None, engine: EngineI
 
 
 def run_job(job: Job) -> AsyncGenerator[Piece, None]:
-    """The pieces of all choices as they come. Raises RequestError when one of them is lost; the rest are aborted."""
-    sequences = [_read_sequence(job, index) for index in range(len(job.choices))]
+    """The pieces of all sequences as they come. Raises RequestError when one of them is lost; the rest are aborted."""
+    sequences = [_read_sequence(job, index) for index in range(len(job.sequences))]
     return sequences[0] if len(sequences) == 1 else _merge(sequences)
 
 
 async def _read_sequence(job: Job, index: int) -> AsyncGenerator[Piece, None]:
-    request = job.choices[index]
-    reader = TextReader(job.tokenizer, request, index=index)
+    request, echo = job.sequences[index], job.echo(index)
+    reader = TextReader(job.tokenizer, request, index=index, start=len(echo.text) if echo else 0)
     timer = SequenceTimer(job.service.metrics, arrived_s=job.arrived_s, num_prompt_tokens=len(request.prompt_token_ids))
     reason = "abort"
     try:
-        async with aclosing(job.service.client.generate(request)) as outputs:
-            async for output in outputs:
-                piece = reader.push(output)
+        async with aclosing(read_pieces(job.service.client.generate, request, reader)) as pieces:
+            async for piece in pieces:
+                if job.prompt_only:
+                    piece = _without_tokens(piece)
                 if piece.token_ids:
                     timer.saw_tokens(len(piece.token_ids))
-                if piece.finish_reason == "abort":
-                    raise RequestError("the cluster gave this request up; send it again", status=503)
                 reason = piece.finish_reason or reason
                 yield piece
-                if reader.stop_string_found:
-                    return
-        if reason == "abort":
-            raise RequestError("the cluster ended this request without an answer; send it again", status=503)
     except Exception:
         reason = "error"
         raise
     finally:
         timer.ended(reason)
+
+
+def _without_tokens(piece: Piece) -> Piece:
+    ends = None if piece.finish_reason is None else "length"
+    return msgspec.structs.replace(
+        piece, text="", token_ids=(), offsets=(), logprobs=(), finish_reason=ends, stop_reason=None
+    )
 
 
 async def _merge(sequences: Sequence[AsyncGenerator[Piece, None]]) -> AsyncGenerator[Piece, None]:

@@ -112,6 +112,16 @@ class _ClusterCollector(Collector):
             "Sequences that lost their blocks and were computed again.",
             value=stats.preemptions,
         )
+        yield CounterMetricFamily(
+            "tpdist_prefix_cache_queries",
+            "Prompt tokens that were looked up in the prefix cache.",
+            value=stats.prefix_cache_queries,
+        )
+        yield CounterMetricFamily(
+            "tpdist_prefix_cache_hits",
+            "Prompt tokens that were found in the prefix cache.",
+            value=stats.prefix_cache_hits,
+        )
 
 
 def _gauge(name: str, meaning: str, value: float) -> GaugeMetricFamily:

@@ -10,7 +10,7 @@ from tpdist.control.messages import ClusterState, DrainRequest
 from tpdist.server import responses
 from tpdist.server.auth import require_trusted_client
 from tpdist.server.body import StrictRoute
-from tpdist.server.replies import json_response
+from tpdist.server.event_stream import json_response
 from tpdist.server.schema import DrainBody
 from tpdist.server.service import Service
 

@@ -1,45 +1,28 @@
-"""Pieces of text as an HTTP answer: one JSON object, or a stream of events. Watches for a client that goes away.
+"""Pieces of text as an HTTP answer: one JSON object, or a stream of events.
 
 Knows completions and chat only through Shape. Chunks are plain dicts written by msgspec: no validation while tokens
 stream.
 """
 
-import asyncio
-import logging
 import time
 import uuid
-from collections.abc import AsyncGenerator, Coroutine
+from collections import defaultdict
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from dataclasses import dataclass
+from typing import Any, Protocol
 
-import msgspec
 from fastapi import Request, Response
-from starlette.types import Receive, Scope, Send
 
-from tpdist.server.errors import describe
+from tpdist.control.messages import TokenLogprobs
+from tpdist.server.answers import best_answers, join
+from tpdist.server.event_stream import EventStream, answer_while_connected, write_event
 from tpdist.server.generation import Job, run_job
+from tpdist.server.logprobs import PromptLogprobs, shown_prompt
 from tpdist.server.schema import GenerationRequest
 from tpdist.server.text import Piece
 
-T = TypeVar("T")
-logger = logging.getLogger(__name__)
-
 DONE = b"data: [DONE]\n\n"
-CLIENT_CLOSED_REQUEST = 499
-
-
-class ClientGone(Exception):
-    """The client closed the connection; there is nobody to answer."""
-
-
-@dataclass(kw_only=True)
-class Answer:
-    """One choice, collected."""
-
-    text: list[str] = field(default_factory=list)
-    token_ids: list[int] = field(default_factory=list)
-    finish_reason: str | None = None
 
 
 class Shape(Protocol):
@@ -63,10 +46,19 @@ class Shape(Protocol):
         """What the first chunk of a choice holds before any text, if there is such a chunk."""
         ...
 
+    def logprobs(self, piece: Piece, *, most: int) -> dict[str, Any]:
+        """The log-probabilities of the tokens of a piece, with the `most` most probable ones in the place of each."""
+        ...
+
+    def add_prompt_logprobs(self, body: dict[str, Any], of_choices: Sequence[PromptLogprobs]) -> None:
+        """Write the prompt's log-probabilities, given for each choice, into a whole answer."""
+        ...
+
 
 @dataclass(frozen=True, kw_only=True)
 class Reply:
-    """How one request wants its answer."""
+    """How one request wants its answer. `n` choices for each prompt; `logprobs` and `prompt_logprobs` as in
+    SamplingParams."""
 
     id: str
     model: str
@@ -74,10 +66,25 @@ class Reply:
     shape: Shape
     stream: bool
     include_usage: bool
+    continuous_usage: bool
     return_token_ids: bool
+    n: int
+    logprobs: int | None
+    prompt_logprobs: int | None
 
-    def choice(self, index: int, content: dict[str, Any], finish_reason: str | None) -> dict[str, Any]:
-        return {"index": index, **content, "logprobs": None, "finish_reason": finish_reason}
+    def choice(self, index: int, content: dict[str, Any], piece: Piece) -> dict[str, Any]:
+        """Choice number `index`: `content` is the text of `piece` in the endpoint's shape."""
+        shows_logprobs = self.logprobs is not None and piece.logprobs
+        choice = {
+            "index": index,
+            **content,
+            "logprobs": self.shape.logprobs(piece, most=self.logprobs or 0) if shows_logprobs else None,
+            "finish_reason": piece.finish_reason,
+            "stop_reason": piece.stop_reason,
+        }
+        if self.return_token_ids:
+            choice["token_ids"] = piece.token_ids
+        return choice
 
     def body(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model, "choices": choices}
@@ -85,152 +92,130 @@ class Reply:
 
 def plan_reply(body: GenerationRequest, *, prefix: str, shape: Shape) -> Reply:
     """A reply with a new id that starts with `prefix`."""
+    options = body.stream_options
     return Reply(
         id=f"{prefix}-{uuid.uuid4().hex}",
         model=body.model,
         created=int(time.time()),
         shape=shape,
         stream=bool(body.stream),
-        include_usage=body.include_usage,
+        include_usage=options is not None and bool(options.include_usage),
+        continuous_usage=options is not None and bool(options.continuous_usage_stats),
         return_token_ids=bool(body.return_token_ids),
+        n=body.n or 1,
+        logprobs=body.num_logprobs,
+        prompt_logprobs=body.prompt_logprobs,
     )
+
+
+class Meter:
+    """Counts the tokens of a job as its pieces come."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._num_tokens = 0
+        self._num_cached_tokens = 0
+
+    def count(self, piece: Piece) -> None:
+        self._num_tokens += len(piece.token_ids)
+        if piece.index % self._job.per_prompt == 0:  # the other answers share the prompt, which counts once
+            self._num_cached_tokens += piece.num_cached_tokens
+
+    def usage(self) -> dict[str, Any]:
+        """OpenAI's usage of all that was counted."""
+        num_prompt_tokens = self._job.num_prompt_tokens
+        return {
+            "prompt_tokens": num_prompt_tokens,
+            "completion_tokens": self._num_tokens,
+            "total_tokens": num_prompt_tokens + self._num_tokens,
+            "prompt_tokens_details": {"cached_tokens": self._num_cached_tokens},
+        }
 
 
 async def respond(request: Request, *, job: Job, reply: Reply) -> Response:
     """Run `job` and answer as `reply` says. A client that goes away aborts it."""
     if reply.stream:
         return EventStream(_events(job, reply))
-    try:
-        answers = await unless_disconnected(request.receive, _collect(job))
-    except ClientGone:
-        return Response(status_code=CLIENT_CLOSED_REQUEST)
-    return json_response(_whole(job, reply, answers))
-
-
-def json_response(body: Any, *, status: int = 200) -> Response:
-    """`body` as JSON."""
-    return Response(msgspec.json.encode(body), status, media_type="application/json")
-
-
-async def unless_disconnected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`; if the client goes away first, `work` is cancelled and ClientGone raised.
-
-    The body of the request must have been read: any message but the disconnect is dropped.
-    """
-    task = asyncio.create_task(work)
-    gone = asyncio.create_task(_disconnected(receive))
-    try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise ClientGone
-        return task.result()
-    finally:
-        task.cancel()
-        gone.cancel()
-        await asyncio.gather(task, gone, return_exceptions=True)
-
-
-class EventStream(Response):
-    """Server-sent events. Headers are sent with the first event, so that an early failure still gets its own status;
-    a later one is an event with the error, and the end."""
-
-    media_type = "text/event-stream"
-
-    def __init__(self, events: AsyncGenerator[bytes, None]) -> None:
-        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
-        del self.headers["content-length"]
-        self._events = events
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await unless_disconnected(receive, self._send_events(send))
-        except ClientGone:
-            logger.debug("a client left its stream")
-
-    async def _send_events(self, send: Send) -> None:
-        async with aclosing(self._events) as events:
-            event = await anext(events)
-            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-            await send({"type": "http.response.body", "body": event, "more_body": True})
-            try:
-                async for event in events:
-                    await send({"type": "http.response.body", "body": event, "more_body": True})
-            except Exception as error:  # the status is out: this event is all that can tell the client
-                _, body = describe(error)
-                await send({"type": "http.response.body", "body": _event(body), "more_body": True})
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+    return await answer_while_connected(request, _whole(job, reply))
 
 
 async def _events(job: Job, reply: Reply) -> AsyncGenerator[bytes, None]:
-    opened: set[int] = set()
-    num_tokens = 0
+    meter = Meter(job)
+    writer = _ChunkWriter(job, reply, meter)
     async with aclosing(run_job(job)) as pieces:
         async for piece in pieces:
-            num_tokens += len(piece.token_ids)
-            event = b""
-            if piece.index not in opened:
-                opened.add(piece.index)
-                event = _opening(reply, piece.index)
-            if piece.text or piece.finish_reason or reply.return_token_ids:
-                event += _chunk(reply, piece)
+            meter.count(piece)
+            event = writer.write(piece)
             if event:
                 yield event
     if reply.include_usage:
         body = reply.body(reply.shape.chunk_object, [])
-        yield _event({**body, "usage": _usage(job, num_tokens)})
+        yield write_event({**body, "usage": meter.usage()})
     yield DONE
 
 
-def _opening(reply: Reply, index: int) -> bytes:
-    content = reply.shape.opening()
-    return b"" if content is None else _chunk_event(reply, reply.choice(index, content, None))
+class _ChunkWriter:
+    """Pieces as events. A choice opens with its first token: then all of its prompt's log-probabilities are there."""
+
+    def __init__(self, job: Job, reply: Reply, meter: Meter) -> None:
+        self._job = job
+        self._reply = reply
+        self._meter = meter
+        self._opened: set[int] = set()
+        self._prompt_logprobs: defaultdict[int, list[TokenLogprobs]] = defaultdict(list)
+        self._shows_tokens = reply.return_token_ids or reply.logprobs is not None
+
+    def write(self, piece: Piece) -> bytes:
+        """The events that `piece` makes, if any."""
+        event = b"" if piece.index in self._opened else self._open(piece)
+        if piece.text or piece.finish_reason or (self._shows_tokens and piece.token_ids):
+            event += self._chunk(piece)
+        return event
+
+    def _open(self, piece: Piece) -> bytes:
+        self._prompt_logprobs[piece.index] += piece.prompt_logprobs
+        if not piece.token_ids and piece.finish_reason is None:
+            return b""
+        self._opened.add(piece.index)
+        logprobs = self._prompt_logprobs.pop(piece.index)
+        echo, content = self._job.echo(piece.index), self._reply.shape.opening()
+        if echo is not None:
+            return self._chunk(echo.as_piece(piece.index, logprobs))
+        return b"" if content is None else self._event(content, Piece(index=piece.index, text="", token_ids=()))
+
+    def _chunk(self, piece: Piece) -> bytes:
+        return self._event(self._reply.shape.delta(piece.text), piece)
+
+    def _event(self, content: dict[str, Any], piece: Piece) -> bytes:
+        choice = self._reply.choice(piece.index, content, piece)
+        body = self._reply.body(self._reply.shape.chunk_object, [choice])
+        if self._reply.include_usage:
+            body["usage"] = self._meter.usage() if self._reply.continuous_usage else None
+        return write_event(body)
 
 
-def _chunk(reply: Reply, piece: Piece) -> bytes:
-    choice = reply.choice(piece.index, reply.shape.delta(piece.text), piece.finish_reason)
-    if reply.return_token_ids:
-        choice["token_ids"] = piece.token_ids
-    return _chunk_event(reply, choice)
+async def _whole(job: Job, reply: Reply) -> dict[str, Any]:
+    """The body of an answer that is not streamed."""
+    meter = Meter(job)
+    pieces: list[list[Piece]] = [[] for _ in job.sequences]
+    async with aclosing(run_job(job)) as arriving:
+        async for piece in arriving:
+            meter.count(piece)
+            pieces[piece.index].append(piece)
+    answers = [join(of_answer) for of_answer in pieces]
+    prompts = [answers[first : first + job.per_prompt] for first in range(0, len(answers), job.per_prompt)]
+    kept = [answer for of_prompt in prompts for answer in best_answers(of_prompt, n=reply.n)]
+    choices = [_choice(job, reply, index, answer) for index, answer in enumerate(kept)]
+    body = {**reply.body(reply.shape.object, choices), "usage": meter.usage()}
+    if reply.prompt_logprobs is not None:
+        most = reply.prompt_logprobs
+        shown = [shown_prompt(job.tokenizer, answer.prompt_logprobs, most=most) for answer in kept]
+        reply.shape.add_prompt_logprobs(body, shown)
+    return body
 
 
-def _chunk_event(reply: Reply, choice: dict[str, Any]) -> bytes:
-    body = reply.body(reply.shape.chunk_object, [choice])
-    if reply.include_usage:
-        body["usage"] = None
-    return _event(body)
-
-
-def _event(body: dict[str, Any]) -> bytes:
-    return b"data: " + msgspec.json.encode(body) + b"\n\n"
-
-
-async def _collect(job: Job) -> list[Answer]:
-    answers = [Answer() for _ in job.choices]
-    async with aclosing(run_job(job)) as pieces:
-        async for piece in pieces:
-            answer = answers[piece.index]
-            answer.text.append(piece.text)
-            answer.token_ids += piece.token_ids
-            answer.finish_reason = piece.finish_reason
-    return answers
-
-
-def _whole(job: Job, reply: Reply, answers: list[Answer]) -> dict[str, Any]:
-    choices = []
-    for index, answer in enumerate(answers):
-        choice = reply.choice(index, reply.shape.choice("".join(answer.text)), answer.finish_reason)
-        if reply.return_token_ids:
-            choice["token_ids"] = answer.token_ids
-        choices.append(choice)
-    num_tokens = sum(len(answer.token_ids) for answer in answers)
-    return {**reply.body(reply.shape.object, choices), "usage": _usage(job, num_tokens)}
-
-
-def _usage(job: Job, num_tokens: int) -> dict[str, int]:
-    prompt = job.num_prompt_tokens
-    return {"prompt_tokens": prompt, "completion_tokens": num_tokens, "total_tokens": prompt + num_tokens}
-
-
-async def _disconnected(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        continue
+def _choice(job: Job, reply: Reply, index: int, answer: Piece) -> dict[str, Any]:
+    echo = job.echo(answer.index)
+    if echo is not None:
+        answer = join([echo.as_piece(answer.index, answer.prompt_logprobs), answer])
+    return reply.choice(index, reply.shape.choice(answer.text), answer)

@@ -26,18 +26,49 @@ class ErrorResponse(Answer):
     error: ErrorDetail
 
 
+class PromptTokensDetails(Answer):
+    """`cached_tokens`: how much of the prompts was found in the prefix cache."""
+
+    cached_tokens: int
+
+
 class Usage(Answer):
+    """`completion_tokens` counts all that was generated, and so what best_of left out."""
+
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+
+
+class PromptLogprob(Answer):
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
+PromptLogprobs = list[dict[str, PromptLogprob] | None]
+
+
+class CompletionLogprobs(Answer):
+    """`text_offset` is where in the text each token begins. The first token of a prompt has no logprobs."""
+
+    text_offset: list[int]
+    token_logprobs: list[float | None]
+    tokens: list[str]
+    top_logprobs: list[dict[str, float] | None]
 
 
 class CompletionChoice(Answer):
+    """`stop_reason` is the stop string or the one of stop_token_ids that ended the answer."""
+
     index: int
     text: str
-    logprobs: None
+    logprobs: CompletionLogprobs | None
     finish_reason: FinishReason
+    stop_reason: str | int | None
     token_ids: list[int] | None = None
+    prompt_logprobs: PromptLogprobs | None = None
 
 
 class CompletionResponse(Answer):
@@ -55,11 +86,31 @@ class AssistantMessage(Answer):
     refusal: None
 
 
+class TopLogprob(Answer):
+    """`bytes` are exact also for a token that is a part of a character only."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class ChatTokenLogprob(TopLogprob):
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(Answer):
+    content: list[ChatTokenLogprob]
+    refusal: None
+
+
 class ChatChoice(Answer):
+    """`stop_reason` is the stop string or the one of stop_token_ids that ended the answer."""
+
     index: int
     message: AssistantMessage
-    logprobs: None
+    logprobs: ChatLogprobs | None
     finish_reason: FinishReason
+    stop_reason: str | int | None
     token_ids: list[int] | None = None
 
 
@@ -70,6 +121,7 @@ class ChatResponse(Answer):
     model: str
     choices: list[ChatChoice]
     usage: Usage
+    prompt_logprobs: PromptLogprobs | None = None
 
 
 class Model(Answer):

@@ -4,10 +4,12 @@ Pure: no clock, no network. One TextReader reads one sequence.
 """
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from operator import itemgetter
 from typing import Protocol
 
-from tpdist.control.messages import Generate, TokenOutput
+import msgspec
+
+from tpdist.control.messages import Generate, TokenLogprobs, TokenOutput
 from tpdist.errors import RequestError
 
 REPLACEMENT = "\ufffd"
@@ -98,18 +100,21 @@ class StopStrings:
     Invariant: `_held` contains no stop string, and all of it is a proper prefix of one (or it is empty).
     """
 
-    def __init__(self, stops: Sequence[str]) -> None:
+    def __init__(self, stops: Sequence[str], *, include: bool = False) -> None:
+        """With `include` the text is cut after the stop string, otherwise before it."""
         self._stops = tuple(stops)
+        self._include = include
         self._held = ""
-        self.found = False
+        self.found: str | None = None
 
     def push(self, text: str) -> str:
-        """The text that is certain to stand before any stop string. Sets `found` when one is complete."""
+        """The text that is certain to be shown. Sets `found` when a stop string is complete."""
         text = self._held + text
-        starts = [start for start in (text.find(stop) for stop in self._stops) if start >= 0]
+        starts = [(text.find(stop), stop) for stop in self._stops if stop in text]
         if starts:
-            self.found, self._held = True, ""
-            return text[: min(starts)]
+            start, self.found = min(starts, key=itemgetter(0))
+            self._held = ""
+            return text[: start + len(self.found)] if self._include else text[:start]
         held = max((_overlap(text, stop) for stop in self._stops), default=0)
         cut = len(text) - held
         self._held = text[cut:]
@@ -127,29 +132,45 @@ def _overlap(text: str, stop: str) -> int:
     return next((size for size in range(longest, 0, -1) if text.endswith(stop[:size])), 0)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Piece:
-    """New text of one choice and the tokens behind it. `finish_reason` is None until the last: stop or length."""
+class Piece(msgspec.Struct, frozen=True, kw_only=True):
+    """New text of one answer and the tokens behind it; a whole answer is a piece too.
+
+    `offsets` and `logprobs`, if they were asked for, go along with `token_ids`: where in the answer's text a token
+    begins, and its log-probabilities. `prompt_logprobs` are of the prompt's next positions, the first being 1.
+    `finish_reason` is None until the last piece: stop or length; `stop_reason` is then the stop string or the one of
+    stop_token_ids that ended the answer, if one did.
+    """
 
     index: int
     text: str
     token_ids: tuple[int, ...]
-    finish_reason: str | None
+    offsets: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    num_cached_tokens: int = 0
+    finish_reason: str | None = None
+    stop_reason: str | int | None = None
 
 
 class TextReader:
     """Turns the outputs of one request into pieces. Stop strings count once `min_tokens` tokens are there.
 
-    A token that ended the sequence (end of text, stop_token_ids) is in the token ids but not in the text.
+    A token that ended the sequence (end of text, stop_token_ids) is in the token ids, but not in the text unless the
+    request includes stop strings in its output.
     """
 
-    def __init__(self, decoder: Decoder, request: Generate, *, index: int = 0) -> None:
+    def __init__(self, decoder: Decoder, request: Generate, *, index: int = 0, start: int = 0) -> None:
+        """`start` is the offset of the answer in a text that begins with something else."""
         sampling = request.sampling
         self._index = index
-        self._min_tokens = sampling.min_tokens
+        self._num_chars = start
+        self._sampling = sampling
         self._num_tokens = 0
-        self._end_ids = {*request.eos_token_ids, *sampling.stop_token_ids}
-        self._stops = StopStrings(sampling.stop)
+        self._eos_ids = frozenset(() if sampling.ignore_eos else request.eos_token_ids)
+        self._end_ids = (
+            frozenset() if sampling.include_stop_str_in_output else self._eos_ids | {*sampling.stop_token_ids}
+        )
+        self._stops = StopStrings(sampling.stop, include=sampling.include_stop_str_in_output)
         self._detokenizer = Detokenizer(
             decoder, prompt=request.prompt_token_ids, skip_special_tokens=sampling.skip_special_tokens
         )
@@ -157,29 +178,45 @@ class TextReader:
     @property
     def stop_string_found(self) -> bool:
         """The text is complete although the engine would go on."""
-        return self._stops.found
+        return self._stops.found is not None
 
     def push(self, output: TokenOutput) -> Piece:
         """The piece that `output` makes. No more may be pushed once it has a finish_reason."""
-        text, used = "", 0
-        for used, token in enumerate(output.token_ids, start=1):
-            ends = output.finish_reason == "stop" and used == len(output.token_ids) and token in self._end_ids
-            text += self._read_token(token, is_end=ends)
-            if self._stops.found:
+        text, offsets = "", []
+        for position, token in enumerate(output.token_ids, start=1):
+            ends = output.finish_reason == "stop" and position == len(output.token_ids) and token in self._end_ids
+            offsets.append(self._num_chars)
+            text += self._read_token(token, is_hidden=ends)
+            if self.stop_string_found:
                 break
-        finish_reason = "stop" if self._stops.found else output.finish_reason
-        if finish_reason is not None and not self._stops.found:
+        if output.finish_reason is not None and not self.stop_string_found:
             text += self._read_end()
-            finish_reason = "stop" if self._stops.found else finish_reason
-        return Piece(index=self._index, text=text, token_ids=output.token_ids[:used], finish_reason=finish_reason)
+        used = len(offsets)
+        return Piece(
+            index=self._index,
+            text=text,
+            token_ids=output.token_ids[:used],
+            offsets=tuple(offsets),
+            logprobs=output.logprobs[:used],
+            prompt_logprobs=output.prompt_logprobs,
+            num_cached_tokens=output.num_cached_tokens,
+            finish_reason="stop" if self.stop_string_found else output.finish_reason,
+            stop_reason=self._stops.found or self._stop_token(output),
+        )
 
-    def _read_token(self, token: int, *, is_end: bool) -> str:
+    def _read_token(self, token: int, *, is_hidden: bool) -> str:
         self._num_tokens += 1
-        text = "" if is_end else self._detokenizer.push(token)
-        return self._stops.push(text) if self._num_tokens > self._min_tokens else text
+        text = "" if is_hidden else self._detokenizer.push(token)
+        self._num_chars += len(text)
+        return self._stops.push(text) if self._num_tokens > self._sampling.min_tokens else text
 
     def _read_end(self) -> str:
         text = self._detokenizer.flush()
-        if self._num_tokens > self._min_tokens:
+        if self._num_tokens > self._sampling.min_tokens:
             text = self._stops.push(text)
-        return text if self._stops.found else text + self._stops.flush()
+        return text if self.stop_string_found else text + self._stops.flush()
+
+    def _stop_token(self, output: TokenOutput) -> int | None:
+        """The token of stop_token_ids that ended the sequence; the end of text is no such token."""
+        last = output.token_ids[-1] if output.finish_reason == "stop" and output.token_ids else None
+        return last if last not in self._eos_ids else None

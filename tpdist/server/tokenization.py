@@ -4,8 +4,8 @@ from fastapi import APIRouter, Response
 
 from tpdist.server import responses
 from tpdist.server.body import StrictRoute
+from tpdist.server.event_stream import json_response
 from tpdist.server.generation import encode
-from tpdist.server.replies import json_response
 from tpdist.server.schema import DetokenizeRequest, TokenizeRequest
 from tpdist.server.service import Service
 from tpdist.server.text import check_token_ids

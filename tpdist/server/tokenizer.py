@@ -13,6 +13,7 @@ import transformers
 
 from tpdist.checkpoint.resolve import resolve_model
 from tpdist.errors import CheckpointError, RequestError, SettingsError
+from tpdist.server.token_bytes import Spelling, read_spelling
 from tpdist.settings import Settings
 
 TOKENIZER_FILES = (
@@ -38,6 +39,9 @@ class Tokenizer:
         self._backend = backend
         self._chat_template = chat_template
         self.special_ids = _special_ids(backend)
+        self._added_ids = frozenset(backend.added_tokens_decoder)
+        self._read_spelling = _spelling(backend)
+        self._bytes: dict[int, bytes] = {}
         _check_template(backend, chat_template)
 
     def __len__(self) -> int:
@@ -61,6 +65,25 @@ class Tokenizer:
     def token_strings(self, token_ids: Sequence[int]) -> list[str]:
         """The vocabulary's own spelling of each id."""
         return [str(token) for token in self._backend.convert_ids_to_tokens(list(token_ids))]
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes of one token: exact where the vocabulary tells, or else of the text that it makes alone. Empty
+        for an id that the tokenizer does not have."""
+        known = self._bytes.get(token_id)
+        if known is None:
+            known = self._bytes[token_id] = self._spelt(token_id)
+        return known
+
+    def token_text(self, token_id: int) -> str:
+        """The text of one token, with U+FFFD for what is a part of a character only."""
+        return self.token_bytes(token_id).decode(errors="replace")
+
+    def _spelt(self, token_id: int) -> bytes:
+        entry = self._backend.convert_ids_to_tokens(token_id) if token_id < len(self) else None
+        if entry is None:
+            return b""
+        spelt = None if token_id in self._added_ids else self._read_spelling(entry)
+        return self.decode([token_id]).encode() if spelt is None else spelt
 
     def render_chat(self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True) -> str:
         """The prompt of a conversation. It holds its special tokens, so encode it without adding more.
@@ -120,6 +143,14 @@ def read_chat_template(value: str) -> str:
         raise SettingsError(
             f"--chat-template {value!r} is neither a file that can be read nor jinja source: {error}"
         ) from error
+
+
+def _spelling(backend: Any) -> Spelling:
+    """How to read the vocabulary's entries as bytes; None for each entry of a tokenizer that does not tell."""
+    fast = getattr(backend, "backend_tokenizer", None)
+    decoder = None if fast is None else fast.decoder
+    known = None if decoder is None else read_spelling(decoder.__getstate__())
+    return known or (lambda entry: None)
 
 
 def _special_ids(backend: Any) -> frozenset[int]:
