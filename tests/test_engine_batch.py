@@ -68,7 +68,8 @@ def test_a_reused_slot_shows_nothing_of_its_earlier_sequence() -> None:
     assert batch.token_ids.tolist() == [8, 15]
     assert batch.attention.block_tables.tolist() == [[6, 0], [7, 3]]
     row = table.sample_rows([2])[0]
-    assert (row.history.tolist(), row.num_sampled, row.seed, row.stop_token_ids) == ([8], 0, 13, (5,))
+    assert (row.tokens[: row.num_tokens].tolist(), row.num_sampled) == ([8], 0)
+    assert (row.seed, row.stop_token_ids) == (13, (5,))
 
 
 def test_a_sequence_that_starts_again_counts_the_tokens_that_it_had_sampled() -> None:
@@ -77,7 +78,42 @@ def test_a_sequence_that_starts_again_counts_the_tokens_that_it_had_sampled() ->
     assert table.sample_rows([0])[0].num_sampled == 1
     table.append((0,), (9,))
     row = table.sample_rows([0])[0]
-    assert (row.num_sampled, row.history.tolist()) == (2, [1, 2, 3, 4, 9])
+    assert (row.num_sampled, row.tokens[: row.num_tokens].tolist()) == (2, [1, 2, 3, 4, 9])
+
+
+def test_a_step_that_samples_after_each_of_its_tokens_needs_no_index() -> None:
+    table, _ = two_slots()
+    batch = table.batch(plan(work=(SlotWork(0, 5, 1, True), SlotWork(2, 5, 1, True))), device=CPU)
+    assert (batch.sample_index, batch.sample_slots) == (None, (0, 2))
+    assert (batch.token_ids.tolist(), batch.positions.tolist()) == ([15, 29], [5, 5])
+    assert batch.attention.slot_mapping.tolist() == [3 * 4 + 1, 5 * 4 + 1]
+
+
+def asking(slot: int, tokens: list[int], *, num_prompt_tokens: int, num_top: int) -> SequenceStart:
+    data = np.array(tokens, dtype="<i4").tobytes()
+    return SequenceStart(slot, data, num_prompt_tokens, 0, SamplingParams(prompt_logprobs=num_top), ())
+
+
+def chunks(table: SlotTable, *work: SlotWork) -> list[tuple[int, int, list[int], int]]:
+    found = table.prompt_chunks(plan(work=work))
+    return [(chunk.slot, chunk.first, chunk.token_ids.tolist(), chunk.num_top) for chunk in found]
+
+
+def test_work_on_a_prompt_tells_of_the_tokens_after_each_of_its_own() -> None:
+    table = SlotTable(max_num_seqs=3, max_tokens=20, block_size=4)
+    table.apply(plan(start=(start(0, [7, 8]), asking(1, [10, 11, 12, 13, 14], num_prompt_tokens=4, num_top=3))))
+    assert chunks(table, SlotWork(0, 0, 2, True), SlotWork(1, 0, 2, False)) == [(1, 2, [11, 12], 3)]
+    assert chunks(table, SlotWork(1, 2, 1, False), SlotWork(0, 2, 1, True)) == [(1, 0, [13], 3)]
+    assert chunks(table, SlotWork(1, 2, 3, True)) == [(1, 0, [13], 3)]
+
+
+def test_the_completion_and_the_last_token_of_a_prompt_tell_of_no_prompt() -> None:
+    table = SlotTable(max_num_seqs=3, max_tokens=20, block_size=4)
+    table.apply(plan(start=(asking(1, [10, 11, 12, 13, 14], num_prompt_tokens=4, num_top=0),)))
+    assert chunks(table, SlotWork(1, 3, 2, True)) == chunks(table, SlotWork(1, 3, 1, False)) == []
+    assert chunks(table, SlotWork(1, 4, 1, True)) == []
+    table.apply(plan(free=(1,), start=(start(1, [5, 6, 7]),)))
+    assert chunks(table, SlotWork(1, 0, 3, True)) == []
 
 
 def test_a_cache_has_a_zeroed_tensor_per_layer_and_cached_thing() -> None:

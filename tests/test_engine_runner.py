@@ -116,6 +116,43 @@ def test_a_rank_that_does_not_sample_goes_on_from_the_broadcast_token() -> None:
     assert [hidden.tolist() for hidden in model.asked] == [[[0]], [[33]]]
 
 
+def prompt_logprobs_plan(num_tokens: int, *, step: int = 1) -> StepPlan:
+    """Slot 0 asks for nothing; slot 1 for the log-probabilities of its prompt, which counts upwards from 40."""
+    plain = SequenceStart(0, bytes(8), 2, 0, SamplingParams(temperature=0), ())
+    prompt = b"".join(((40 + i) % VOCAB_SIZE).to_bytes(4, "little") for i in range(num_tokens))
+    asking = SequenceStart(1, prompt, num_tokens, 0, SamplingParams(temperature=0, prompt_logprobs=0), ())
+    return StepPlan(
+        epoch=3,
+        step=step,
+        start=(plain, asking),
+        blocks=(SlotBlocks(0, (0,)), SlotBlocks(1, tuple(range(1, 17)))),
+        work=(SlotWork(0, 0, 2, True), SlotWork(1, 0, num_tokens, True)),
+    )
+
+
+def test_logits_of_a_prompt_are_asked_for_in_parts_and_alike_on_every_rank() -> None:
+    first, second = NextToken(), NextToken(sampling_rank=False)
+    result = runner(first).execute(prompt_logprobs_plan(60))
+    assert runner(second, group=SecondOfTwo()).execute(prompt_logprobs_plan(60)) is None
+    assert [len(hidden) for hidden in first.asked] == [32, 27, 2]
+    assert all(torch.equal(a, b) for a, b in zip(first.asked, second.asked, strict=True))
+    assert torch.equal(torch.cat(first.asked[:2]).squeeze(1), torch.arange(40, 99) % VOCAB_SIZE)
+    assert result is not None
+    assert [*result.prompt_logprobs] == [1]
+    expected = [((token % VOCAB_SIZE,), 1) for token in range(41, 100)]
+    assert [(entry.token_ids, entry.rank) for entry in result.prompt_logprobs[1]] == expected
+
+
+def test_a_decode_after_the_prompt_adds_no_logprobs_of_the_prompt() -> None:
+    model = NextToken()
+    both = runner(model)
+    both.execute(prompt_logprobs_plan(6))
+    model.asked.clear()
+    result = both.execute(StepPlan(epoch=3, step=2, work=(SlotWork(1, 6, 1, True), SlotWork(0, 2, 1, True))))
+    assert result == StepResult(2, ((1, 47), (0, 2)))
+    assert [len(hidden) for hidden in model.asked] == [2]
+
+
 def test_warming_up_leaves_no_trace_in_the_slots() -> None:
     warm = runner(NextToken())
     warm.warm_up(10_000)

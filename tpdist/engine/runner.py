@@ -1,7 +1,8 @@
 """Runs StepPlans on one rank: plan -> tensors -> model -> sampled ids.
 
 All ranks of a tensor-parallel group run the same plans in the same order; rank 0 of the group samples and broadcasts
-the ids, so that each rank holds the last token of every slot. It knows nothing of requests or of where plans come from.
+the ids, so that each rank holds the last token of every slot. Log-probabilities stay on rank 0. It knows nothing of
+requests or of where plans come from.
 """
 
 from collections.abc import Sequence
@@ -11,10 +12,11 @@ import torch
 from torch import Tensor
 
 from tpdist.control.messages import SequenceStart, SlotBlocks, SlotWork, StepPlan
-from tpdist.engine.batch import Batch, SlotTable
+from tpdist.engine.batch import Batch, PromptChunk, SlotTable
 from tpdist.engine.kv_cache import KVCache
-from tpdist.engine.sampler import sample
+from tpdist.engine.logprobs import ROWS_AT_ONCE, read, sample_and_score, score
 from tpdist.engine.scheduler import StepResult
+from tpdist.engine.transfer import to_device
 from tpdist.errors import LostError
 from tpdist.layers.attention import AttentionContext
 from tpdist.parallel.group import RankGroup
@@ -86,19 +88,26 @@ class Runner:
         """Run one step. Every rank of the group must call it with the same plan. Returns the tokens on rank 0 of the
         group, None elsewhere. Raises PlanGapError unless `plan` is the next one of this epoch."""
         self._check_order(plan)
-        token_ids = self._run(plan)
-        return StepResult(plan.step, token_ids) if self._group.rank == 0 else None
+        result = self._run(plan)
+        return result if self._group.rank == 0 else None
 
-    def _run(self, plan: StepPlan) -> tuple[tuple[int, int], ...]:
-        """Apply and run a plan. Returns (slot, token) of each sample, the same on every rank."""
+    def _run(self, plan: StepPlan) -> StepResult:
+        """Apply and run a plan. The tokens of the result are the same on every rank."""
         self._slots.apply(plan)
         batch = self._slots.batch(plan, device=self._device)
         hidden = self._model(
             batch.token_ids, positions=batch.positions, attention=batch.attention, caches=self._cache.layers
         )
-        token_ids = self._sample(batch, hidden) if batch.sample_slots else []
+        prompts = self._score_prompts(plan, hidden)
+        tokens, sampled = self._sample(batch, hidden)
+        token_ids, entries = read(tokens, [*sampled.values(), *prompts.values()])
         self._slots.append(batch.sample_slots, token_ids)
-        return tuple(zip(batch.sample_slots, token_ids, strict=True))
+        return StepResult(
+            plan.step,
+            tuple(zip(batch.sample_slots, token_ids, strict=True)),
+            logprobs={slot: entry for slot, (entry,) in zip(sampled, entries[: len(sampled)], strict=True)},
+            prompt_logprobs=dict(zip(prompts, entries[len(sampled) :], strict=True)),
+        )
 
     def _check_order(self, plan: StepPlan) -> None:
         if (plan.epoch, plan.step) != (self._epoch, self._step + 1):
@@ -108,15 +117,33 @@ class Runner:
             )
         self._step = plan.step
 
-    def _sample(self, batch: Batch, hidden: Tensor) -> list[int]:
-        """One token for each of the batch's sample slots, the same on every rank. hidden: [num_tokens, hidden_size]."""
-        logits = self._model.logits(hidden[batch.sample_index])
+    def _score_prompts(self, plan: StepPlan, hidden: Tensor) -> dict[int, Tensor]:
+        """By slot, the scores of the prompt's tokens that this step predicts, on rank 0; nothing elsewhere. Every rank
+        asks for the same logits. hidden: [num_tokens, hidden_size]."""
+        scored = {chunk.slot: self._score_chunk(chunk, hidden) for chunk in self._slots.prompt_chunks(plan)}
+        return {slot: torch.cat(parts) for slot, parts in scored.items() if parts}
+
+    def _score_chunk(self, chunk: PromptChunk, hidden: Tensor) -> list[Tensor]:
+        parts = []
+        for first in range(0, len(chunk.token_ids), ROWS_AT_ONCE):
+            token_ids = chunk.token_ids[first : first + ROWS_AT_ONCE]
+            row = chunk.first + first
+            logits = self._model.logits(hidden[row : row + len(token_ids)])
+            if logits is not None:
+                parts.append(score(logits, to_device(token_ids, self._device), num_top=chunk.num_top))
+        return parts
+
+    def _sample(self, batch: Batch, hidden: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
+        """One token for each of the batch's sample slots, [num_samples] int64, the same on every rank; and on rank 0
+        the scores of those that ask for them, by slot. hidden: [num_tokens, hidden_size]."""
+        slots = batch.sample_slots
+        if not slots:
+            return torch.empty(0, dtype=torch.int64, device=self._device), {}
+        logits = self._model.logits(hidden if batch.sample_index is None else hidden[batch.sample_index])
         if logits is None:
-            token_ids = torch.empty(len(batch.sample_slots), dtype=torch.int64, device=self._device)
-        else:
-            token_ids = sample(logits, self._slots.sample_rows(batch.sample_slots))
-        chosen: list[int] = self._group.broadcast(token_ids).tolist()
-        return chosen
+            return self._group.broadcast(torch.empty(len(slots), dtype=torch.int64, device=self._device)), {}
+        tokens, scores = sample_and_score(logits, self._slots.sample_rows(slots))
+        return self._group.broadcast(tokens), {slots[position]: values for position, values in scores.items()}
 
 
 def _warm_up_plans(num_tokens: int, *, block_size: int) -> tuple[StepPlan, StepPlan]:
