@@ -42,7 +42,7 @@ def test_the_tokens_of_a_step_lie_in_the_order_of_its_work() -> None:
     assert batch.token_ids.tolist() == [29, 12, 13, 14]
     assert batch.positions.tolist() == [5, 2, 3, 4]
     assert batch.token_ids.dtype == batch.positions.dtype == torch.int64
-    assert (batch.sample_index.tolist(), batch.sample_slots) == ([0], (2,))
+    assert (batch.samples.rows.tolist(), batch.samples.slots) == ([0], (2,))
 
 
 def test_attention_gets_the_place_of_each_token_and_the_blocks_of_each_sequence() -> None:
@@ -84,7 +84,7 @@ def test_a_sequence_that_starts_again_counts_the_tokens_that_it_had_sampled() ->
 def test_a_step_that_samples_after_each_of_its_tokens_needs_no_index() -> None:
     table, _ = two_slots()
     batch = table.batch(plan(work=(SlotWork(0, 5, 1, True), SlotWork(2, 5, 1, True))), device=CPU)
-    assert (batch.sample_index, batch.sample_slots) == (None, (0, 2))
+    assert batch.samples == ((0, 2), None)
     assert (batch.token_ids.tolist(), batch.positions.tolist()) == ([15, 29], [5, 5])
     assert batch.attention.slot_mapping.tolist() == [3 * 4 + 1, 5 * 4 + 1]
 

@@ -1,10 +1,11 @@
 """Runner and engine with a stand-in for the model: order of plans, what is asked of the model, steps in flight."""
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
+from decode_steps import random_decoder
 from torch import Tensor
 
 from tpdist.control.messages import Generate, SequenceStart, SlotBlocks, SlotWork, StepPlan, TokenOutput
@@ -12,7 +13,7 @@ from tpdist.engine.engine import Engine, LocalExecutor
 from tpdist.engine.kv_cache import allocate
 from tpdist.engine.runner import PlanGapError, Runner
 from tpdist.engine.scheduler import Scheduler, StepResult
-from tpdist.layers.attention import AttentionContext
+from tpdist.layers.attention import AttentionContext, gather_attention
 from tpdist.parallel.group import RankGroup, SingleGroup
 from tpdist.sampling_params import SamplingParams
 
@@ -225,3 +226,55 @@ def test_with_two_steps_in_flight_two_sequences_take_turns() -> None:
     assert executor.most == 2
     for name, expected in (("a", [5, 6, 7, 8]), ("b", [15, 16, 17, 18])):
         assert [output.token_ids[0] for output in outputs if output.request_id == name] == expected
+
+
+@pytest.mark.parametrize("num_blocks", [400, 40], ids=["room for all", "with preemption"])
+def test_tokens_are_the_same_with_recorded_decodes(num_blocks: int) -> None:
+    def answers(*, use_graphs: bool) -> dict[str, list[int]]:
+        with torch.inference_mode():
+            model = random_decoder(
+                group=SingleGroup(),
+                windows=(None, 5, 9),
+                num_kv_heads=2,
+                attend=gather_attention,
+                dtype=torch.float32,
+                device=CPU,
+            )
+        cache = allocate(model.cache_shapes(), num_blocks=num_blocks, block_size=4, dtype=torch.float32, device=CPU)
+        local = Runner(
+            model,
+            group=SingleGroup(),
+            cache=cache,
+            max_num_seqs=6,
+            max_model_len=100,
+            epoch=3,
+            device=CPU,
+            use_graphs=use_graphs,
+            record=record,
+        )
+        local.warm_up(8)
+        sizes = {"num_blocks": num_blocks, "max_num_seqs": 6, "max_num_batched_tokens": 9, "max_model_len": 100}
+        engine = Engine(Scheduler(**sizes, block_size=4, vocab_size=300, epoch=3), LocalExecutor(local))
+        for index in range(12):
+            prompt = tuple((7 * index + place) % 300 for place in range(1 + 3 * index))
+            sampling = SamplingParams(max_tokens=30, temperature=float(index % 2), seed=index)
+            engine.add(Generate(request_id=str(index), prompt_token_ids=prompt, sampling=sampling))
+        tokens: dict[str, list[int]] = {}
+        for output in run(engine):
+            tokens.setdefault(output.request_id, []).extend(output.token_ids)
+        return tokens
+
+    replays = 0
+
+    def record(function: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        def replay() -> Tensor:
+            nonlocal replays
+            replays += 1
+            return function()
+
+        return replay
+
+    expected = answers(use_graphs=False)
+    assert replays == 0
+    assert answers(use_graphs=True) == expected
+    assert replays > 20

@@ -1,7 +1,9 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
@@ -76,6 +78,61 @@ def test_each_token_attends_to_its_sequence_up_to_itself_and_within_the_window(n
     attended = gather_attention(query, key, value, cache=caches, context=context, scale=0.3, window=window)
     expected = token_by_token(MIXES[name], query, histories, scale=0.3, window=window)
     torch.testing.assert_close(attended, expected, rtol=1e-5, atol=1e-5)
+
+
+DECODES = {name: mix for name, mix in MIXES.items() if all(query_len == 1 for _, query_len in mix)}
+
+
+def recorded(context: AttentionContext, *, more_blocks: int) -> AttentionContext:
+    """The same decodes as a recorded step has them: lengths on the device, block tables wider than needed."""
+    block_tables = F.pad(context.block_tables, (0, more_blocks))
+    num_seqs, width = block_tables.shape
+    return replace(
+        context,
+        block_tables=block_tables,
+        context_lens=[width * context.block_size] * num_seqs,
+        device_lens=torch.tensor(context.context_lens),
+    )
+
+
+@pytest.mark.parametrize("more_blocks", [0, 1, 9])
+@pytest.mark.parametrize("window", [None, 1, 3, 4, 5, 16, 700])
+@pytest.mark.parametrize("name", DECODES)
+def test_a_recorded_step_attends_to_what_the_lengths_on_the_device_say(name, window, more_blocks):
+    context, query, key, value, caches, histories = a_step(DECODES[name])
+    context = recorded(context, more_blocks=more_blocks)
+    attended = gather_attention(query, key, value, cache=caches, context=context, scale=0.3, window=window)
+    expected = token_by_token(DECODES[name], query, histories, scale=0.3, window=window)
+    torch.testing.assert_close(attended, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("window", [None, 1, 2, 16, 17, 33])
+@pytest.mark.parametrize("block_size", [1, 16])
+@pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(5, 1), (4, 4), (12, 3)])
+def test_a_recorded_step_may_have_any_heads_and_any_block_size(num_heads, num_kv_heads, block_size, window):
+    mix = [(length, 1) for length in (1, 15, 16, 17, 31, 32, 33, 48)]
+    sizes = {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "block_size": block_size}
+    context, query, key, value, caches, histories = a_step(mix, **sizes)
+    context = recorded(context, more_blocks=1)
+    attended = gather_attention(query, key, value, cache=caches, context=context, scale=0.3, window=window)
+    expected = token_by_token(mix, query, histories, scale=0.3, window=window)
+    torch.testing.assert_close(attended, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_recorded_step_reads_no_more_blocks_than_a_window_can_touch():
+    context, query, key, value, caches, _ = a_step([(1000, 1), (998, 1)], block_size=16)
+    context = recorded(context, more_blocks=5)
+    gather_attention(query, key, value, cache=caches, context=context, scale=1.0, window=34)
+    (call,) = context.once(("gather", 34, torch.float32), list)
+    assert call.blocks.numel() == 2 * 4, "34 tokens can lie in two whole blocks and the ends of two others"
+
+
+def test_chunks_of_prompts_cannot_be_recorded():
+    context, query, key, value, caches, _ = a_step(MIXES["a later chunk"])
+    with pytest.raises(AssertionError, match="only decodes can be recorded"):
+        gather_attention(
+            query, key, value, cache=caches, context=recorded(context, more_blocks=0), scale=1.0, window=None
+        )
 
 
 @pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(1, 1), (5, 1), (4, 4), (12, 3)])

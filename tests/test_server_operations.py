@@ -8,6 +8,7 @@ from fastapi import FastAPI
 from prometheus_client.parser import text_string_to_metric_families
 from server_fakes import MODEL, FakeClient, app_for, call, ready_state, small_tokenizer
 
+from tpdist.control.messages import EngineStats
 from tpdist.errors import CheckpointError
 from tpdist.server import responses
 from tpdist.server.tokenizer import Tokenizer
@@ -126,6 +127,13 @@ def test_metrics_tell_of_the_cluster_and_of_finished_requests(app: FastAPI) -> N
         "tpdist_e2e_request_latency_seconds_count": 2,
     }
     assert {name: found.get(name) for name in expected} == expected
+
+
+def test_metrics_count_the_prompt_tokens_that_were_found_in_the_prefix_cache(app: FastAPI, client: FakeClient) -> None:
+    client.current = ready_state(stats=EngineStats(prefix_cache_queries=30, prefix_cache_hits=12))
+    found = samples(app)
+    assert found["tpdist_prefix_cache_queries_total"] == 30
+    assert found["tpdist_prefix_cache_hits_total"] == 12
 
 
 def test_two_apps_in_one_process_count_for_themselves(app: FastAPI, tokenizer: Tokenizer) -> None:

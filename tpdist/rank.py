@@ -112,7 +112,7 @@ class Rank:
 
     def _warm_up(self, model: Decoder) -> tuple[Runner, int]:
         """Size the KV cache to what every rank can hold, and run once."""
-        settings, assign, store = self._settings, self._assign, self._peers.store
+        settings, assign, store, group = self._settings, self._assign, self._peers.store, self._peers.group
         shapes = model.cache_shapes()
         dtype = _dtype(settings["dtype"])
         num_blocks = num_blocks_that_fit(
@@ -131,12 +131,13 @@ class Rank:
         cache = allocate(shapes, num_blocks=num_blocks, block_size=block_size, dtype=dtype, device=self._device)
         runner = Runner(
             model,
-            group=self._peers.group,
+            group=group,
             cache=cache,
             max_num_seqs=settings["max_num_seqs"],
             max_model_len=assign.max_model_len,
             epoch=assign.epoch,
             device=self._device,
+            use_graphs=self._device.type == "cuda" and group.capturable and not settings["enforce_eager"],
         )
         runner.warm_up(WARM_UP_TOKENS)
         if store is not None:
@@ -168,6 +169,7 @@ class Rank:
             vocab_size=vocab_size,
             epoch=assign.epoch,
             seed=settings["seed"],
+            enable_prefix_caching=settings["enable_prefix_caching"],
         )
         others = [plan_identity(rank) for rank in range(1, assign.world_size)]
         send = None if plans is None else lambda plan: plans.send(others, plan)

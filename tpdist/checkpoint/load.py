@@ -5,6 +5,7 @@ Large slices are copied a few rows at a time, which keeps all threads busy and t
 Knows neither which slices a rank holds (plan/shards.py) nor what the model computes.
 """
 
+import ctypes
 import math
 import os
 import threading
@@ -77,9 +78,11 @@ def load_weights(
     copies.sort(key=lambda copy: (copy.entry.file, copy.entry.start))
     total = sum(copy.num_bytes for copy in copies)
     _run(_Work(copies, total, progress), threads)
+    del copies  # their targets are views of the parameters, which could not be freed
     for module, leaf in dict.fromkeys(_owner(model, spec.parameter) for spec in weights.specs):
         if isinstance(module, Finishing):
             module.finish_loading(leaf)
+    _release_free_memory()
     return total
 
 
@@ -165,6 +168,13 @@ def _run(work: _Work, threads: int) -> None:
             work.stop()
     for future in ended:
         future.result()
+
+
+def _release_free_memory() -> None:
+    """Give back what modules that packed their weights have freed. glibc would keep it, since ranks are started with
+    high thresholds for returning memory (see rank_environment)."""
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)
 
 
 def _copies(

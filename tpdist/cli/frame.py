@@ -39,6 +39,7 @@ COMMANDS = {
     "serve": LazyCommand("tpdist.cli.serve:serve", "Start this node: head, worker, single node or torchrun rank."),
     "generate": LazyCommand("tpdist.cli.generate:generate", "Print one answer, without a server."),
     "demo": LazyCommand("tpdist.cli.demo:demo", "Run the built-in tiny model over two nodes on this machine."),
+    "bench": LazyCommand("tpdist.cli.bench:bench", "Measure latency and throughput under load."),
     "status": LazyCommand("tpdist.cli.status:status", "Show a cluster as its head sees it."),
     "probe": LazyCommand("tpdist.cli.probe:probe", "Show what this machine has: versions, devices, free memory."),
     "keygen": LazyCommand("tpdist.cli.keygen:keygen", "Make a cluster key."),

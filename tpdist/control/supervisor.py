@@ -34,7 +34,10 @@ logger = logging.getLogger(__name__)
 STOP_GRACE_S = 2.0
 KILL_GRACE_S = 10.0
 REPORT_GRACE_S = 0.5
-KEPT_BYTES = 4 * 1024**3
+# Temporaries below this are kept by the allocator and used again; larger ones take long to compute compared with the
+# page faults of new memory, and would leave holes.
+MAPPED_BYTES = 32 * 1024**2
+KEPT_BYTES = 128 * 1024**2
 
 
 class Supervisor:
@@ -170,7 +173,7 @@ def rank_environment(environ: Mapping[str, str], assign: Assign) -> dict[str, st
     """What a rank inherits: the thread count, the interface for collectives unless the user chose one, and an
     allocator that keeps the memory of large temporaries, which glibc would fault in anew for every layer."""
     child = {
-        "MALLOC_MMAP_THRESHOLD_": str(KEPT_BYTES),
+        "MALLOC_MMAP_THRESHOLD_": str(MAPPED_BYTES),
         "MALLOC_TRIM_THRESHOLD_": str(KEPT_BYTES),
         "TORCH_CPP_LOG_LEVEL": "FATAL",
         **environ,

@@ -18,17 +18,21 @@ from tpdist.engine.transfer import to_device
 from tpdist.layers.attention import AttentionContext
 
 
+class Samples(NamedTuple):
+    """`rows` [num_samples] int64 says which of a step's tokens are sampled after (None: each one), `slots` for whom."""
+
+    slots: tuple[int, ...]
+    rows: Tensor | None
+
+
 @dataclass(frozen=True)
 class Batch:
-    """The input of one step, the same on every rank. `token_ids` and `positions` are [num_tokens] int64;
-    `sample_index` [num_samples] int64 says which of the tokens are sampled after (None: each one), and `sample_slots`
-    for whom."""
+    """The input of one step, the same on every rank. `token_ids` and `positions` are [num_tokens] int64."""
 
     token_ids: Tensor
     positions: Tensor
     attention: AttentionContext
-    sample_index: Tensor | None
-    sample_slots: tuple[int, ...]
+    samples: Samples
 
 
 class PromptChunk(NamedTuple):
@@ -99,9 +103,17 @@ class SlotTable:
             token_ids=token_ids,
             positions=position_ids,
             attention=attention,
-            sample_index=None if len(last_tokens) == len(positions) else sample_index,
-            sample_slots=tuple(work.slot for work in plan.work if work.sample),
+            samples=Samples(
+                tuple(work.slot for work in plan.work if work.sample),
+                None if len(last_tokens) == len(positions) else sample_index,
+            ),
         )
+
+    def decodes(self, plan: StepPlan) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of a plan of one token each: slots and positions [num_seqs], block tables [num_seqs, max_blocks]."""
+        slots = np.array([work.slot for work in plan.work])
+        positions = np.array([work.start for work in plan.work])
+        return slots, positions, self._blocks[slots, : int(positions.max()) // self._block_size + 1]
 
     def prompt_chunks(self, plan: StepPlan) -> Iterator[PromptChunk]:
         """The tokens whose log-probabilities this plan's step can tell: work on the tokens from `start` predicts those

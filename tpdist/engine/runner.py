@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from tpdist.control.messages import SequenceStart, SlotBlocks, SlotWork, StepPlan
-from tpdist.engine.batch import Batch, PromptChunk, SlotTable
+from tpdist.engine.batch import PromptChunk, Samples, SlotTable
+from tpdist.engine.decode_graphs import DecodeGraphs, Recorder
 from tpdist.engine.kv_cache import KVCache
 from tpdist.engine.logprobs import ROWS_AT_ONCE, read, sample_and_score, score
 from tpdist.engine.scheduler import StepResult
@@ -59,6 +60,8 @@ class Runner:
         max_model_len: int,
         epoch: int,
         device: torch.device,
+        use_graphs: bool = False,
+        record: Recorder | None = None,
     ) -> None:
         self._model = model
         self._group = group
@@ -68,6 +71,16 @@ class Runner:
         self._step = 0
         self._max_tokens = min(max_model_len, cache.num_blocks * cache.block_size)
         self._slots = SlotTable(max_num_seqs=max_num_seqs, max_tokens=self._max_tokens, block_size=cache.block_size)
+        self._graphs = DecodeGraphs(
+            model,
+            group=group,
+            cache=cache,
+            max_num_seqs=max_num_seqs,
+            max_tokens=self._max_tokens,
+            device=device,
+            enabled=use_graphs,
+            record=record,
+        )
 
     @property
     def step(self) -> int:
@@ -94,20 +107,33 @@ class Runner:
     def _run(self, plan: StepPlan) -> StepResult:
         """Apply and run a plan. The tokens of the result are the same on every rank."""
         self._slots.apply(plan)
+        self._graphs.start(plan.start)
+        hidden, samples = self._forward(plan)
+        prompts = self._score_prompts(plan, hidden)
+        tokens, sampled = self._sample(samples, hidden)
+        self._graphs.remember(samples.slots, tokens)
+        token_ids, entries = read(tokens, [*sampled.values(), *prompts.values()])
+        self._slots.append(samples.slots, token_ids)
+        return StepResult(
+            plan.step,
+            tuple(zip(samples.slots, token_ids, strict=True)),
+            logprobs={slot: entry for slot, (entry,) in zip(sampled, entries[: len(sampled)], strict=True)},
+            prompt_logprobs=dict(zip(prompts, entries[len(sampled) :], strict=True)),
+        )
+
+    def _forward(self, plan: StepPlan) -> tuple[Tensor, Samples]:
+        """The hidden states of the tokens of a plan, [num_tokens, hidden_size], and after which of them to sample."""
+        if self._graphs.serves(plan.work):
+            hidden = self._graphs.run(*self._slots.decodes(plan), eager=lambda: self._run_eagerly(plan)[0])
+            return hidden, Samples(tuple(work.slot for work in plan.work), None)
+        return self._run_eagerly(plan)
+
+    def _run_eagerly(self, plan: StepPlan) -> tuple[Tensor, Samples]:
         batch = self._slots.batch(plan, device=self._device)
         hidden = self._model(
             batch.token_ids, positions=batch.positions, attention=batch.attention, caches=self._cache.layers
         )
-        prompts = self._score_prompts(plan, hidden)
-        tokens, sampled = self._sample(batch, hidden)
-        token_ids, entries = read(tokens, [*sampled.values(), *prompts.values()])
-        self._slots.append(batch.sample_slots, token_ids)
-        return StepResult(
-            plan.step,
-            tuple(zip(batch.sample_slots, token_ids, strict=True)),
-            logprobs={slot: entry for slot, (entry,) in zip(sampled, entries[: len(sampled)], strict=True)},
-            prompt_logprobs=dict(zip(prompts, entries[len(sampled) :], strict=True)),
-        )
+        return hidden, batch.samples
 
     def _check_order(self, plan: StepPlan) -> None:
         if (plan.epoch, plan.step) != (self._epoch, self._step + 1):
@@ -133,13 +159,13 @@ class Runner:
                 parts.append(score(logits, to_device(token_ids, self._device), num_top=chunk.num_top))
         return parts
 
-    def _sample(self, batch: Batch, hidden: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
+    def _sample(self, samples: Samples, hidden: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
         """One token for each of the batch's sample slots, [num_samples] int64, the same on every rank; and on rank 0
         the scores of those that ask for them, by slot. hidden: [num_tokens, hidden_size]."""
-        slots = batch.sample_slots
+        slots = samples.slots
         if not slots:
             return torch.empty(0, dtype=torch.int64, device=self._device), {}
-        logits = self._model.logits(hidden if batch.sample_index is None else hidden[batch.sample_index])
+        logits = self._model.logits(hidden if samples.rows is None else hidden[samples.rows])
         if logits is None:
             return self._group.broadcast(torch.empty(len(slots), dtype=torch.int64, device=self._device)), {}
         tokens, scores = sample_and_score(logits, self._slots.sample_rows(slots))
@@ -150,8 +176,8 @@ def _warm_up_plans(num_tokens: int, *, block_size: int) -> tuple[StepPlan, StepP
     """A prefill of `num_tokens` in slot 0 and the decode after it."""
     start = SequenceStart(0, bytes(4 * num_tokens), num_tokens, 0, SamplingParams(), ())
     blocks = SlotBlocks(0, tuple(range(num_tokens // block_size + 1)))
-    prefill = SlotWork(0, 0, num_tokens, True)
-    decode = SlotWork(0, num_tokens, 1, False)
+    prefill = SlotWork(0, 0, num_tokens, False)
+    decode = SlotWork(0, num_tokens, 1, True)
     return (
         StepPlan(epoch=0, step=0, start=(start,), blocks=(blocks,), work=(prefill,)),
         StepPlan(epoch=0, step=0, work=(decode,)),

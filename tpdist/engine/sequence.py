@@ -7,19 +7,26 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from tpdist.control.messages import Generate, SequenceStart
+from tpdist.control.messages import Generate, SequenceStart, TokenLogprobs, TokenOutput
 from tpdist.sampling_params import SamplingParams
 
 
 @dataclass(eq=False, slots=True, kw_only=True)
 class Sequence:
     """`token_ids` are prompt and completion; the first `num_scheduled` of them are in the cache, or will be once the
-    steps in flight have run. `arrival` orders sequences for good; `slot` is None while the sequence waits.
+    steps in flight have run. (`priority`, `arrival`) orders sequences for good; `slot` is None while the sequence
+    waits.
 
-    `sample_pending`: a step in flight will add a token. Until then the sequence is neither scheduled nor preempted.
+    `prefilling`: some of the tokens that were known at its start are not scheduled; `num_promised` blocks are kept for
+    them beside `blocks`. `sample_pending`: a step in flight will add a token. Until then the sequence is neither
+    scheduled nor preempted. `restarted`: it was preempted at least once.
+
+    `block_digests` name its first full blocks, as far as somebody asked. `num_cached` prompt tokens were found in the
+    prefix cache before it was ever preempted. `num_prompt_logprobs` entries of its prompt were delivered.
     """
 
     request_id: str
+    priority: int
     arrival: int
     sampling: SamplingParams
     seed: int
@@ -29,8 +36,14 @@ class Sequence:
     token_ids: list[int]
     num_scheduled: int = 0
     blocks: list[int] = field(default_factory=list)
+    num_promised: int = 0
+    block_digests: list[bytes] = field(default_factory=list)
     slot: int | None = None
+    prefilling: bool = False
     sample_pending: bool = False
+    restarted: bool = False
+    num_cached: int = 0
+    num_prompt_logprobs: int = 0
 
     @property
     def num_tokens(self) -> int:
@@ -41,17 +54,42 @@ class Sequence:
         """Known tokens that no step has been given yet: 1 for a decode, more for the rest of a prefill."""
         return len(self.token_ids) - self.num_scheduled
 
-    def append(self, token_id: int) -> str | None:
-        """Add a sampled token; return the finish reason if it is the last one."""
+    @property
+    def may_skip_prompt(self) -> bool:
+        """Whether nobody needs the logits of the prompt's tokens."""
+        return self.sampling.prompt_logprobs is None or self.num_prompt_logprobs == self.num_prompt_tokens - 1
+
+    def wants_score_after(self, position: int) -> bool:
+        """Whether the log-probability of the prompt's token behind `position` is asked for."""
+        return self.sampling.prompt_logprobs is not None and position < self.num_prompt_tokens - 1
+
+    def take(
+        self,
+        token_id: int,
+        *,
+        logprobs: tuple[TokenLogprobs, ...] = (),
+        prompt_logprobs: tuple[TokenLogprobs, ...] = (),
+    ) -> TokenOutput:
+        """Add a sampled token; the output has a finish reason if it is the last one."""
+        num_cached = self.num_cached if self.num_tokens == self.num_prompt_tokens else 0
         self.token_ids.append(token_id)
         self.sample_pending = False
+        finish_reason = "length" if self.num_tokens >= self.max_tokens else None
         if token_id in self.stop_token_ids:
-            return "stop"
-        return "length" if self.num_tokens >= self.max_tokens else None
+            finish_reason = "stop"
+        return TokenOutput(self.request_id, (token_id,), finish_reason, logprobs, prompt_logprobs, num_cached)
+
+    def deliver(self, start: int, entries: tuple[TokenLogprobs, ...]) -> tuple[TokenLogprobs, ...]:
+        """Of the log-probabilities at the prompt's positions `start` + 1 and following, those that were not delivered
+        before; from now on they are."""
+        assert start <= self.num_prompt_logprobs, f"{self.request_id}: prompt log-probabilities before {start} are lost"
+        fresh = entries[self.num_prompt_logprobs - start :]
+        self.num_prompt_logprobs += len(fresh)
+        return fresh
 
     def start_in(self, slot: int) -> SequenceStart:
         """Take `slot` and say so to the ranks."""
-        self.slot = slot
+        self.slot, self.prefilling = slot, True
         return SequenceStart(
             slot=slot,
             token_ids=np.asarray(self.token_ids, dtype="<i4").tobytes(),
@@ -61,12 +99,13 @@ class Sequence:
             stop_token_ids=self.stop_token_ids,
         )
 
-    def stop_running(self) -> tuple[int, list[int]]:
-        """Give up slot and blocks, which are returned. Tokens are kept: a later start computes all of them again."""
+    def stop_running(self) -> int:
+        """Give up the slot, which is returned; the blocks are given back already. Tokens are kept: a later start
+        computes them again, but for what the prefix cache still has."""
         assert self.slot is not None, f"{self.request_id} holds no slot"
-        slot, blocks = self.slot, self.blocks
-        self.slot, self.blocks, self.num_scheduled = None, [], 0
-        return slot, blocks
+        slot, self.slot, self.num_scheduled = self.slot, None, 0
+        self.prefilling, self.restarted = False, True
+        return slot
 
 
 def new_sequence(request: Generate, *, arrival: int, seed: int, capacity: int) -> Sequence:
@@ -78,6 +117,7 @@ def new_sequence(request: Generate, *, arrival: int, seed: int, capacity: int) -
     eos = () if sampling.ignore_eos else request.eos_token_ids
     return Sequence(
         request_id=request.request_id,
+        priority=request.priority,
         arrival=arrival,
         sampling=sampling,
         seed=seed if sampling.seed is None else sampling.seed,

@@ -25,6 +25,10 @@ class AttentionContext:
     block_tables: [num_seqs, max_blocks] int64, the blocks of each sequence, padded with 0.
     context_lens: tokens of each sequence in the cache once this step's are written.
     query_lens: tokens of each sequence in this step, its last ones; 1 for a decode. They add up to num_tokens.
+
+    device_lens: None, or [num_seqs] int64 in a step of decodes that is recorded to be replayed (a CUDA graph). What a
+    backend does then must not depend on values that the host sees, since they change from replay to replay: the lengths
+    are these, and context_lens only bounds them. A backend that cannot do so raises NotImplementedError.
     """
 
     slot_mapping: Tensor
@@ -32,6 +36,7 @@ class AttentionContext:
     context_lens: list[int]
     query_lens: list[int]
     block_size: int
+    device_lens: Tensor | None = None
     _memo: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False)
 
     def once(self, key: Hashable, build: Callable[[], _T]) -> _T:
@@ -139,6 +144,8 @@ class _Chunk:
 def _plan(context: AttentionContext, *, window: int | None, dtype: torch.dtype) -> list[_Decodes | _Chunk]:
     """All calls of one step for layers with this window. A sequence of one token is a decode, whatever it is to the
     scheduler. Decodes are batched with others of about their length (within a factor of 2), to bound the padding."""
+    if context.device_lens is not None:
+        return [_plan_recorded(context, context.device_lens, window=window, dtype=dtype)]
     calls: list[_Decodes | _Chunk] = []
     classes: dict[int, list[tuple[int, int]]] = {}
     token = 0
@@ -169,12 +176,33 @@ def _plan_decodes(
     columns = torch.tensor(firsts)[:, None] + torch.arange(-(-keys.stop // size))
     columns = columns.clamp_(max=context.block_tables.shape[1] - 1).to(device)
     rows = torch.tensor(sequences)[:, None].to(device)
+    masked = len(set(ranges)) > 1
     return _Decodes(
         tokens=_index([token for _, token in members], device=device),
         num_seqs=len(members),
         blocks=_run(context.block_tables[rows, columns].flatten()),
         keys=keys,
-        mask=None if len(set(ranges)) == 1 else _range_mask(ranges, keys=keys, dtype=dtype).to(device),
+        mask=_range_mask(torch.tensor(ranges), keys=keys, dtype=dtype).to(device) if masked else None,
+    )
+
+
+def _plan_recorded(context: AttentionContext, lens: Tensor, *, window: int | None, dtype: torch.dtype) -> _Decodes:
+    """Decodes of which the host knows only how many blocks each may have. All shapes follow from that and the window;
+    which keys count is computed on the device. Ranges count from the first block that a sequence reads."""
+    size, (num_seqs, width) = context.block_size, context.block_tables.shape
+    assert len(lens) == len(context.slot_mapping) == num_seqs, "only decodes can be recorded"
+    num_blocks = width if window is None else min(width, (window + size - 2) // size + 1)
+    begins = torch.zeros_like(lens) if window is None else (lens - window).clamp_(min=0)
+    firsts = begins // size
+    columns = firsts[:, None] + torch.arange(num_blocks, device=lens.device)
+    ranges = torch.stack((begins, lens), dim=1) - firsts[:, None] * size
+    keys = slice(0, num_blocks * size)
+    return _Decodes(
+        tokens=slice(0, num_seqs),
+        num_seqs=num_seqs,
+        blocks=context.block_tables.gather(1, columns.clamp_(max=width - 1)).flatten(),
+        keys=keys,
+        mask=_range_mask(ranges, keys=keys, dtype=dtype),
     )
 
 
@@ -193,11 +221,10 @@ def _select(cache: Tensor, blocks: Tensor | slice) -> Tensor:
     return cache[blocks] if isinstance(blocks, slice) else cache.index_select(0, blocks)
 
 
-def _range_mask(ranges: list[tuple[int, int]], *, keys: slice, dtype: torch.dtype) -> Tensor:
-    """[num_seqs, 1, 1, num_keys]: key j of sequence b counts where ranges[b] holds it."""
-    bounds = torch.tensor(ranges)
-    positions = torch.arange(keys.start, keys.stop)
-    visible = (positions >= bounds[:, :1]) & (positions < bounds[:, 1:])
+def _range_mask(ranges: Tensor, *, keys: slice, dtype: torch.dtype) -> Tensor:
+    """[num_seqs, 1, 1, num_keys]: key j of sequence b counts where ranges[b] holds it. ranges: [num_seqs, 2]."""
+    positions = torch.arange(keys.start, keys.stop, device=ranges.device)
+    visible = (positions >= ranges[:, :1]) & (positions < ranges[:, 1:])
     return _additive(visible, dtype=dtype)[:, None, None]
 
 

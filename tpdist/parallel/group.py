@@ -23,6 +23,9 @@ class RankGroup(ABC):
     """`rank` of `size` ranks. Every rank must enter the same collectives in the same order with tensors of the same
     shape (but for the last dim of `gather`) and dtype."""
 
+    capturable = False
+    """Whether a CUDA graph can hold this group's collectives. The same on every rank."""
+
     def __init__(self, *, rank: int, size: int) -> None:
         assert 0 <= rank < size, f"rank {rank} of {size}"
         self.rank = rank
@@ -50,6 +53,8 @@ class RankGroup(ABC):
 
 class SingleGroup(RankGroup):
     """One rank: every collective is the identity."""
+
+    capturable = True
 
     def __init__(self) -> None:
         super().__init__(rank=0, size=1)

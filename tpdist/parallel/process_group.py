@@ -52,6 +52,7 @@ class ProcessGroup(RankGroup):
         super().__init__(rank=group.rank(), size=group.size())
         self._group = group
         self._on_host = dist.get_backend(group) == "gloo"
+        self.capturable = not self._on_host
         self._buffers: dict[torch.dtype, Tensor] = {}
 
     def all_reduce(self, x: Tensor) -> Tensor:
