@@ -24,7 +24,8 @@ from typing import Any
 import torch
 
 from tpdist.parallel.group import RankGroup
-from tpdist.parallel.process_group import connect, create_store, disconnect
+from tpdist.parallel.process_group import connect, disconnect
+from tpdist.parallel.store import create_store
 
 # After the first rank has failed, the others get this long to say what they saw of it.
 GRACE_S = 5.0

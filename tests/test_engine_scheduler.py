@@ -189,15 +189,25 @@ def test_of_the_prefills_behind_the_first_the_higher_priority_goes_before_the_sh
     assert not simulation.answer("shorter")
 
 
-def test_a_waiting_request_takes_nothing_from_its_own_priority_even_if_the_lower_ones_do_not_suffice() -> None:
+def test_nobody_is_preempted_in_vain_if_the_lower_priorities_do_not_suffice() -> None:
     simulation = Simulation(num_blocks=10)
     simulation.add("equal", [1] * 14, priority=1, max_tokens=6, ignore_eos=True)
     simulation.add("low", [2] * 2, priority=2, max_tokens=6, ignore_eos=True)
     simulation.step()
     simulation.add("new", [3] * 27, priority=1, max_tokens=1, ignore_eos=True)
     simulation.run_to_the_end()
-    assert simulation.scheduler.stats().preemptions == 1
-    assert [name for name, _ in sorted(simulation.ended.items(), key=lambda pair: pair[1])] == ["equal", "new", "low"]
+    assert simulation.scheduler.stats().preemptions == 0
+    assert max(simulation.ended, key=lambda name: simulation.ended[name]) == "new"
+
+
+def test_a_plan_that_starts_many_long_prompts_from_the_cache_fits_a_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tpdist.engine.scheduler.MAX_STARTED_TOKENS", 100)
+    simulation = Simulation(num_blocks=100, max_num_seqs=20, max_num_batched_tokens=100, max_model_len=100)
+    simulation.add("first", [1] * 40, max_tokens=30, ignore_eos=True)
+    simulation.step()
+    for index in range(15):
+        simulation.add(str(index), [1] * 40, max_tokens=1, ignore_eos=True)
+    assert len(simulation.plan().start) == 3
 
 
 @pytest.mark.parametrize("sizes", [{"max_num_seqs": 2}, {"num_blocks": 4}])

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from tpdist.layers import attention
 from tpdist.layers.attention import AttentionContext, gather_attention
 
 torch.set_num_threads(1)
@@ -74,6 +75,17 @@ def token_by_token(mix, query: Tensor, histories, *, scale: float, window: int |
 @pytest.mark.parametrize("window", [None, 1, 3, 16, 700])
 @pytest.mark.parametrize("name", MIXES)
 def test_each_token_attends_to_its_sequence_up_to_itself_and_within_the_window(name, window):
+    context, query, key, value, caches, histories = a_step(MIXES[name])
+    attended = gather_attention(query, key, value, cache=caches, context=context, scale=0.3, window=window)
+    expected = token_by_token(MIXES[name], query, histories, scale=0.3, window=window)
+    torch.testing.assert_close(attended, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("most", [1, 7, 100, 300])
+@pytest.mark.parametrize("window", [None, 1, 16])
+@pytest.mark.parametrize("name", ["a later chunk", "chunks of several prompts", "everything mixed"])
+def test_a_large_mask_in_parts_is_the_whole_one(name, window, most, monkeypatch):
+    monkeypatch.setattr(attention, "MAX_MASK_ELEMENTS", most)
     context, query, key, value, caches, histories = a_step(MIXES[name])
     attended = gather_attention(query, key, value, cache=caches, context=context, scale=0.3, window=window)
     expected = token_by_token(MIXES[name], query, histories, scale=0.3, window=window)

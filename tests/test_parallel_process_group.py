@@ -8,7 +8,8 @@ from ranks import Meeting, RanksFailed, open_store, run_processes, run_ranks
 
 from tpdist.errors import JoinError
 from tpdist.parallel.group import PeerLostError, RankGroup, SingleGroup
-from tpdist.parallel.process_group import agree_minimum, connect, create_store, disconnect, wait_for_all
+from tpdist.parallel.process_group import connect, disconnect
+from tpdist.parallel.store import agree_minimum, create_store, wait_for_all
 
 
 def collectives(rank: int, meeting: Meeting, sizes: list[int], host_id: str | None) -> dict[str, object]:

@@ -16,10 +16,10 @@ from torch import Tensor
 from tpdist.parallel import hosts, segment
 from tpdist.parallel.group import PeerLostError, RankGroup
 from tpdist.parallel.hosts import HostsGroup, group_hosts
-from tpdist.parallel.process_group import ProcessGroup, connect, disconnect, sub_store
+from tpdist.parallel.process_group import ProcessGroup, connect, disconnect
 from tpdist.parallel.segment import SLOT_BYTES, MembersLostError, Segment
 from tpdist.parallel.shared_memory import MAX_SHAPES, UNDIVIDED_BYTES, SharedMemoryGroup
-from tpdist.parallel.store import exchange
+from tpdist.parallel.store import exchange, sub_store
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64)
 ROUNDS = 2000

@@ -83,7 +83,9 @@ def test_every_variable_and_flag_on_a_page_exists(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     variables = {variable for option in OPTIONS.values() for variable in option.variables}
     commands = [command.load() for command in COMMANDS.values()]
-    flags = {flag for command in commands for param in command.params for flag in param.opts} | FOREIGN_FLAGS
+    flags = {
+        flag for command in commands for param in command.params for flag in (*param.opts, *param.secondary_opts)
+    } | FOREIGN_FLAGS
     used = set(re.findall(r"\b(?:TPDIST|MISTRALRS)_[A-Z_]*[A-Z]\b(?!_)", text))
     assert used <= variables | {"MISTRALRS_MN"}, used - variables
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)) <= flags | {"--help"}

@@ -17,7 +17,8 @@ from tpdist.control.channel import ClusterKeys, Codec, Dealer, Router, tcp_addre
 from tpdist.control.messages import Connect, Listening, Message, RankHello, RankStart, RankStop
 from tpdist.errors import JoinError, SettingsError
 from tpdist.parallel.group import RankGroup, SingleGroup
-from tpdist.parallel.process_group import Store, connect, create_store
+from tpdist.parallel.process_group import connect
+from tpdist.parallel.store import Store, create_store
 
 MakeStore = Callable[[RankStart, Connect, int | None], Store]
 Expected = TypeVar("Expected", bound=Message)

@@ -41,7 +41,7 @@ from tpdist.meeting import MakeStore, expect, meet, plan_identity
 from tpdist.models import registry
 from tpdist.models.decoder import Decoder
 from tpdist.parallel.group import RankGroup
-from tpdist.parallel.process_group import agree_minimum, wait_for_all
+from tpdist.parallel.store import agree_minimum, wait_for_all
 from tpdist.plan.shards import Partition, Weights
 from tpdist.preflight import cgroup
 

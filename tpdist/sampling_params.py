@@ -3,7 +3,6 @@
 Names and defaults follow vLLM's. It travels inside wire messages, so it is a msgspec Struct.
 """
 
-import math
 from typing import Any
 
 import msgspec
@@ -11,6 +10,8 @@ import msgspec
 from tpdist.errors import RequestError
 
 MAX_SEED = 2**63 - 1
+LARGEST = 1e6
+"""Temperatures and penalties beyond this, or under its inverse, would overflow in float32."""
 MAX_LOGPROBS = 20
 MAX_ANSWERS = 128
 
@@ -59,11 +60,12 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         self._check("min_tokens", self.min_tokens >= 0, "0 or more")
         if self.max_tokens is not None:
             self._check("min_tokens", self.min_tokens <= self.max_tokens, f"at most max_tokens={self.max_tokens}")
-        self._check("temperature", _between(self.temperature, 0, math.inf), "a finite number, 0 or more")
+        self._check("temperature", 0 <= self.temperature <= LARGEST, f"between 0 and {LARGEST:g}")
         self._check("top_k", self.top_k >= 0, "0 or -1 (off), or at least 1")
         self._check("top_p", 0 < self.top_p <= 1, "above 0 and at most 1")
         self._check("min_p", 0 <= self.min_p <= 1, "between 0 and 1")
-        self._check("repetition_penalty", _between(self.repetition_penalty, 0, math.inf, open_low=True), "above 0")
+        fits = 1 / LARGEST <= self.repetition_penalty <= LARGEST
+        self._check("repetition_penalty", fits, f"between {1 / LARGEST:g} and {LARGEST:g}")
         for name in ("frequency_penalty", "presence_penalty"):
             self._check(name, -2 <= getattr(self, name) <= 2, "between -2 and 2")
         bias = self.logit_bias or {}
@@ -87,7 +89,3 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         if not holds:
             value: Any = getattr(self, field)
             raise RequestError(f"{field} is {value!r}, but must be {expected}", param=field)
-
-
-def _between(value: float, low: float, high: float, *, open_low: bool = False) -> bool:
-    return (value > low if open_low else value >= low) and value < high

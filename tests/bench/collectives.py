@@ -18,7 +18,8 @@ from typing import Any
 import torch
 
 from tpdist.parallel.group import RankGroup
-from tpdist.parallel.process_group import Store, connect, create_store, disconnect, sub_store
+from tpdist.parallel.process_group import connect, disconnect
+from tpdist.parallel.store import Store, create_store, sub_store
 
 SIZES_BYTES = (4 * 1024, 64 * 1024, 1024**2, 8 * 1024**2)
 TARGET_S = 0.1

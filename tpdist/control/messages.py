@@ -23,7 +23,7 @@ import msgspec
 
 from tpdist.sampling_params import SamplingParams
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 MAX_MESSAGE_BYTES = 32 * 1024 * 1024
 
 
@@ -303,7 +303,7 @@ class TokenOutput(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array
 
     `logprobs` has one entry for each of `token_ids` if they were asked for. `prompt_logprobs` are those of the next
     positions of the prompt, the first of all being position 1; they come before or with the first token.
-    `num_cached_tokens`, on the first output alone: how much of the prompt was found in the prefix cache.
+    `num_cached_tokens`, with the first token alone: how much of the prompt was found in the prefix cache.
     """
 
     request_id: str

@@ -49,6 +49,13 @@ class BlockTables:
         needed = self._block_manager.num_blocks_for(sequence.num_tokens) - len(found)
         return needed + self._block_manager.num_cached_of(found) + spare <= self._block_manager.num_available
 
+    def could_fit(self, sequence: Sequence, victims: Iterable[Sequence]) -> bool:
+        """Whether there could be room for a waiting sequence if all `victims` gave up what they have. (Less than that
+        may come free, where they share blocks with others.)"""
+        yielded = sum(len(victim.blocks) + victim.num_promised for victim in victims)
+        needed = self._block_manager.num_blocks_for(sequence.num_tokens) - len(self.find(sequence))
+        return needed <= self._block_manager.num_available + yielded
+
     def start(self, sequence: Sequence, found: list[int]) -> None:
         """Give a sequence that `fits` the blocks `found`, and promise it the rest for its known tokens."""
         if self._caching and sequence.may_skip_prompt and not sequence.restarted:

@@ -49,7 +49,7 @@ in another order, which 16 bits show as some hundredths after many layers; wrong
 
 
 class Forward(Protocol):
-    """A model's layers, as runner.Model has them."""
+    """A model up to its last hidden states."""
 
     def __call__(
         self,

@@ -20,16 +20,19 @@ class InFlight:
 
 
 class Draft:
-    """`budget` is how many tokens the step may still take."""
+    """`budget` is how many tokens the step may still take, `num_started` how many known tokens the sequences have that
+    start in it."""
 
     def __init__(self, *, step: int, budget: int) -> None:
         self.budget = budget
+        self.num_started = 0
         self.in_flight = InFlight(step)
         self._start: list[SequenceStart] = []
         self._blocks: list[SlotBlocks] = []
         self._work: list[SlotWork] = []
 
     def start(self, sequence: Sequence, slot: int) -> None:
+        self.num_started += sequence.num_tokens
         self._start.append(sequence.start_in(slot))
 
     def add_blocks(self, sequence: Sequence, blocks: list[int]) -> None:

@@ -5,7 +5,6 @@ the ids, so that each rank holds the last token of every slot. Log-probabilities
 requests or of where plans come from.
 """
 
-from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -13,13 +12,12 @@ from torch import Tensor
 
 from tpdist.control.messages import SequenceStart, SlotBlocks, SlotWork, StepPlan
 from tpdist.engine.batch import PromptChunk, Samples, SlotTable
-from tpdist.engine.decode_graphs import DecodeGraphs, Recorder
+from tpdist.engine.decode_graphs import DecodeGraphs, Forward, Recorder
 from tpdist.engine.kv_cache import KVCache
 from tpdist.engine.logprobs import ROWS_AT_ONCE, read, sample_and_score, score
 from tpdist.engine.scheduler import StepResult
 from tpdist.engine.transfer import to_device
 from tpdist.errors import LostError
-from tpdist.layers.attention import AttentionContext
 from tpdist.parallel.group import RankGroup
 from tpdist.sampling_params import SamplingParams
 
@@ -28,18 +26,8 @@ class PlanGapError(LostError):
     """A plan is missing, came twice or is of another epoch: this rank no longer agrees with the others."""
 
 
-class Model(Protocol):
+class Model(Forward, Protocol):
     """What the runner needs of a model; models.decoder.Decoder is one."""
-
-    def __call__(
-        self,
-        token_ids: Tensor,
-        *,
-        positions: Tensor,
-        attention: AttentionContext,
-        caches: Sequence[tuple[Tensor, ...]],
-    ) -> Tensor:
-        """token_ids, positions: [num_tokens]. Returns [num_tokens, hidden_size], replicated."""
 
     def logits(self, hidden: Tensor) -> Tensor | None:
         """hidden: [n, hidden_size]. Returns float32 [n, vocab_size] on rank 0 of the group, None elsewhere. Every rank

@@ -51,6 +51,9 @@ from tpdist.sampling_params import MAX_SEED
 SPARE_BLOCKS_DIVISOR = 100
 """One block in this many stays free when a sequence starts beside others, so that it is not preempted at once."""
 
+MAX_STARTED_TOKENS = 1 << 20
+"""No sequence starts in a plan that already starts this many tokens: they travel with it, and a message has a limit."""
+
 _in_order = attrgetter("priority", "arrival")
 _shortest_first = attrgetter("priority", "num_unscheduled", "arrival")
 
@@ -198,11 +201,13 @@ class Scheduler:
         assert len(self._sequences) == len(self._running) + len(self._waiting)
 
     def _make_way(self) -> None:
-        """Rule 1, for the first that waits. Nothing is planned yet, so a victim has no work in this plan."""
+        """Rule 1, for the first that waits, if it can help. Nothing is planned yet, so a victim has no work in this
+        plan."""
         if not self._waiting or not self._running:
             return
         first = self._waiting[0]
-        if self._running[-1].priority <= first.priority:
+        victims = [sequence for sequence in self._running if sequence.priority > first.priority]
+        if not victims or not self._tables.could_fit(first, victims):
             return
         while not self._fits(first, self._tables.find(first)):
             if not self._preempt_after((first.priority, inf)):
@@ -244,7 +249,7 @@ class Scheduler:
 
     def _admit(self, draft: Draft) -> None:
         """Rule 3. There is budget for one token at least, so the plan has work."""
-        while self._waiting and draft.budget > 0:
+        while self._waiting and self._free_slots and draft.budget > 0 and draft.num_started < MAX_STARTED_TOKENS:
             sequence = self._waiting[0]
             found = self._tables.find(sequence)
             if not self._fits(sequence, found):

@@ -6,8 +6,10 @@ row of the block table, and token i of it lies in slot block * block_size + i % 
 pass the AttentionContext through; a backend derives what it needs from it once per step, not once per layer.
 """
 
+import functools
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -15,6 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _T = TypeVar("_T")
+
+MAX_MASK_ELEMENTS = 1 << 23
+"""A mask of a chunk that would be larger is made in parts."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -122,12 +127,12 @@ class _Decodes:
 @dataclass(frozen=True, eq=False, kw_only=True)
 class _Chunk:
     """Several tokens of one sequence. `blocks`: [n], of whose tokens the range `keys` is read, or None where the step
-    itself holds all of them; `mask`: [num_tokens, num_keys], or None where plain causality says it."""
+    itself holds all of them; `mask` makes [num_tokens, num_keys], or is None where plain causality says it."""
 
     tokens: slice
     blocks: Tensor | slice | None
     keys: slice
-    mask: Tensor | None
+    mask: Callable[[], Tensor] | None
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, *, cache: tuple[Tensor, ...], scale: float) -> Tensor:
         """Key heads are the batch and the query heads that share one its heads: an expanded view, no key repeated."""
@@ -135,15 +140,17 @@ class _Chunk:
             key, value = (_select(each, self.blocks).flatten(0, 1)[self.keys] for each in cache)
         grouped = query.view(len(query), key.shape[1], -1, key.shape[2]).permute(1, 2, 0, 3)
         keys, values = (each.transpose(0, 1)[:, None].expand(-1, grouped.shape[1], -1, -1) for each in (key, value))
+        mask = None if self.mask is None else self.mask()
         attended = F.scaled_dot_product_attention(
-            grouped, keys, values, attn_mask=self.mask, is_causal=self.mask is None, scale=scale
+            grouped, keys, values, attn_mask=mask, is_causal=mask is None, scale=scale
         )
         return attended.permute(2, 0, 1, 3).flatten(1, 2)
 
 
 def _plan(context: AttentionContext, *, window: int | None, dtype: torch.dtype) -> list[_Decodes | _Chunk]:
     """All calls of one step for layers with this window. A sequence of one token is a decode, whatever it is to the
-    scheduler. Decodes are batched with others of about their length (within a factor of 2), to bound the padding."""
+    scheduler. Decodes are batched with others of about their length (within a factor of 2, or all below 256), to bound
+    the padding."""
     if context.device_lens is not None:
         return [_plan_recorded(context, context.device_lens, window=window, dtype=dtype)]
     calls: list[_Decodes | _Chunk] = []
@@ -154,7 +161,7 @@ def _plan(context: AttentionContext, *, window: int | None, dtype: torch.dtype) 
             num_keys = min(context_len, window or context_len)
             classes.setdefault((num_keys // 256).bit_length(), []).append((sequence, token))
         else:
-            calls.append(_plan_chunk(context, sequence, token=token, window=window, dtype=dtype))
+            calls += _plan_chunks(context, sequence, token=token, window=window, dtype=dtype)
         token += query_len
     assert token == len(context.slot_mapping), f"{token} tokens in query_lens, {len(context.slot_mapping)} slots"
     return calls + [_plan_decodes(context, members, window=window, dtype=dtype) for members in classes.values()]
@@ -228,31 +235,57 @@ def _range_mask(ranges: Tensor, *, keys: slice, dtype: torch.dtype) -> Tensor:
     return _additive(visible, dtype=dtype)[:, None, None]
 
 
-def _plan_chunk(
+def _plan_chunks(
     context: AttentionContext, sequence: int, *, token: int, window: int | None, dtype: torch.dtype
+) -> list[_Chunk]:
+    """The tokens of one sequence in this step, the first being number `token` of the step. A whole prompt may need no
+    mask. One takes num_tokens * num_keys elements: a large one is made in parts, by each layer anew."""
+    end = context.context_lens[sequence]
+    start = end - context.query_lens[sequence]
+    if start == 0 and (window is None or window >= end):
+        return [_plan_chunk(context, sequence, start, end, token=token, window=window, mask=None)]
+    num_rows = max(1, MAX_MASK_ELEMENTS // (end - _first_key(start, window)))
+    chunks = []
+    for first in range(start, end, num_rows):
+        last = min(first + num_rows, end)
+        mask = partial(_causal_mask, first, last, window=window, dtype=dtype, device=context.block_tables.device)
+        kept = mask if num_rows < end - start else functools.cache(mask)
+        chunks.append(
+            _plan_chunk(context, sequence, first, last, token=token + first - start, window=window, mask=kept)
+        )
+    return chunks
+
+
+def _plan_chunk(
+    context: AttentionContext,
+    sequence: int,
+    start: int,
+    end: int,
+    *,
+    token: int,
+    window: int | None,
+    mask: Callable[[], Tensor] | None,
 ) -> _Chunk:
-    """The mask takes num_tokens * num_keys elements, once per step and window; a whole prompt may need none."""
-    size, device = context.block_size, context.block_tables.device
-    query_len, end = context.query_lens[sequence], context.context_lens[sequence]
-    start = end - query_len
-    begin = max(0, start - window + 1) if window else 0
+    """The tokens at start..end of a sequence, `token` being the first one's number in the step."""
+    size, begin = context.block_size, _first_key(start, window)
     first = begin // size
-    whole = start == 0
-    unmasked = whole and (window is None or window >= end)
     return _Chunk(
-        tokens=slice(token, token + query_len),
-        blocks=None if whole else _run(context.block_tables[sequence, first : -(-end // size)]),
+        tokens=slice(token, token + end - start),
+        blocks=None if start == 0 else _run(context.block_tables[sequence, first : -(-end // size)]),
         keys=slice(begin - first * size, end - first * size),
-        mask=None if unmasked else _causal_mask(start, end, begin=begin, window=window, dtype=dtype, device=device),
+        mask=mask,
     )
 
 
-def _causal_mask(
-    start: int, end: int, *, begin: int, window: int | None, dtype: torch.dtype, device: torch.device
-) -> Tensor:
-    """[end - start, end - begin]: queries at start..end see keys at begin..end, causally and within the window."""
+def _first_key(start: int, window: int | None) -> int:
+    """The first position that a token at `start` sees."""
+    return max(0, start - window + 1) if window else 0
+
+
+def _causal_mask(start: int, end: int, *, window: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[end - start, num_keys]: queries at start..end see keys up to their own, from the first that any of them sees."""
     queries = torch.arange(start, end, device=device)[:, None]
-    keys = torch.arange(begin, end, device=device)
+    keys = torch.arange(_first_key(start, window), end, device=device)
     visible = keys <= queries
     if window is not None:
         visible &= keys > queries - window

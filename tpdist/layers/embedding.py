@@ -53,7 +53,8 @@ class LMHead(PackableLinear):
         device: torch.device,
         tied_to: VocabParallelEmbedding | None = None,
     ) -> None:
-        """rows: every rank's interval of the vocabulary. `tied_to`: use this embedding's parameter, not an own one."""
+        """rows: every rank's interval of the vocabulary. `tied_to`: use this embedding's parameter, not an own one;
+        it is not packed, since tokens are looked up in it."""
         if tied_to is None:
             weight = torch.empty(rows[group.rank].size, hidden_size, dtype=dtype, device=device)
             super().__init__(nn.Parameter(weight, requires_grad=False))

@@ -13,8 +13,8 @@ LEAST_ROWS = 4
 
 
 class PackableLinear(nn.Module):
-    """Holds `weight`, [out_features, in_features]. Once it is loaded, a CPU holds the packed copy alone and `weight` is
-    empty."""
+    """Holds `weight`, [out_features, in_features]. A CPU packs it when `finish_loading` says that it is complete; then
+    the packed copy alone is held, and `weight` is empty."""
 
     def __init__(self, weight: nn.Parameter) -> None:
         super().__init__()

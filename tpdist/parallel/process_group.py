@@ -15,28 +15,7 @@ from torch import Tensor
 from tpdist.parallel.group import PeerLostError, RankGroup, SingleGroup, pad_last_dim, sum_in_rank_order
 from tpdist.parallel.hosts import HostsGroup, share_memory
 from tpdist.parallel.segment import machine_id
-from tpdist.parallel.store import (
-    Store,
-    agree_minimum,
-    create_store,
-    environment_store,
-    first_line,
-    reported,
-    sub_store,
-    wait_for_all,
-)
-
-__all__ = [
-    "ProcessGroup",
-    "Store",
-    "agree_minimum",
-    "connect",
-    "create_store",
-    "disconnect",
-    "environment_store",
-    "sub_store",
-    "wait_for_all",
-]
+from tpdist.parallel.store import Store, first_line, reported
 
 
 class ProcessGroup(RankGroup):
