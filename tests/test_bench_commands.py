@@ -2,8 +2,10 @@
 
 import asyncio
 import json
+import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -27,6 +29,12 @@ END_S = 240.0
 def measuring(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(str(FOLDER))
     return import_module("measuring")
+
+
+@pytest.fixture
+def memory(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    return import_module("memory")
 
 
 def test_alternations_go_forwards_and_backwards_and_keep_the_order_of_their_values(measuring: Any) -> None:
@@ -59,12 +67,18 @@ def test_figures_show_the_median_and_the_spread(measuring: Any, capsys: pytest.C
 
 
 def test_tokens_count_while_all_requests_decode(measuring: Any) -> None:
-    """Between 2.0 and 4.0: the tokens at 3.0 and 4.0 of the first, at 2.5 and 3.5 of the second."""
+    """Between 2.0 and 4.0: two tokens in two seconds of the first, three in three of the second, whose step goes on."""
     first = record_of((1.0, 1), (2.0, 1), (3.0, 1), (4.0, 1))
     second = record_of((2.0, 1), (2.5, 1), (3.5, 1), (5.0, 1))
-    assert measuring.together_tokens_per_s([first, second]) == 4 / 2.0
+    assert measuring.together_tokens_per_s([first, second]) == 2 / 2.0 + 3 / 3.0
     assert measuring.together_tokens_per_s([first]) == 3 / 3.0
     assert measuring.together_tokens_per_s([first, record_of((9.0, 1), (9.5, 1))]) is None
+
+
+def test_no_token_of_a_step_is_lost_because_its_tokens_come_apart(measuring: Any) -> None:
+    """48 steps of 0.1 s for 16 requests, whose tokens of a step come 10 us apart."""
+    records = [record_of(*((step * 0.1 + row * 1e-5, 1) for step in range(48))) for row in range(16)]
+    assert measuring.together_tokens_per_s(records) == pytest.approx(16 / 0.1, rel=1e-9)
 
 
 class Target:
@@ -102,11 +116,68 @@ def test_a_load_with_failed_or_short_answers_is_no_figure(measuring: Any, num_to
         asyncio.run(generator.measure(**LOAD))
 
 
-def test_anonymous_memory_is_read_from_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(FOLDER))
-    memory = import_module("memory")
+def test_anonymous_memory_is_read_from_the_kernel(memory: Any) -> None:
     assert memory.anonymous_bytes("Rss: 9 kB\nAnonymous:     12 kB\nLazyFree: 1 kB\n") == 12 * 1024
     assert memory.anonymous_bytes(Path("/proc/self/smaps_rollup").read_text()) > 1 << 20
+
+
+def test_the_peak_of_anonymous_memory_is_kept_when_it_is_given_back(memory: Any) -> None:
+    pid, deadline = os.getpid(), time.monotonic() + END_S
+    before = memory.read_anonymous_bytes(pid)
+    with memory.peaks([pid]) as peaks:
+        held = b"x" * (256 << 20)
+        while peaks[pid] < before + len(held) // 2 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        del held
+    assert peaks[pid] - memory.read_anonymous_bytes(pid) > 64 << 20
+
+
+class Facts:
+    """A system that tells its limits and counts the tokens that it is asked for."""
+
+    def __init__(self, *, kv_tokens: int, max_tokens: int) -> None:
+        self.loads: list[dict[str, int]] = []
+        self._facts = {"kv_tokens": kv_tokens, "max_tokens": max_tokens, "ranks": []}
+
+    def ask(self, do: str, **options: int) -> dict[str, Any]:
+        if do == "load":
+            self.loads.append(options)
+        return self._facts
+
+
+@pytest.mark.parametrize("kv_tokens", [504, 1007, 2978, 5956])
+def test_the_load_of_the_memory_benchmark_passes_through_the_whole_cache(memory: Any, kv_tokens: int) -> None:
+    """Of each prompt the blocks of 16 tokens that are full stay in the cache, until all of it is used."""
+    system = Facts(kv_tokens=kv_tokens, max_tokens=504)
+    memory.load(system, prompt_tokens=500)
+    (load,) = system.loads
+    assert load["concurrency"] * (load["prompt_tokens"] + load["max_tokens"]) <= kv_tokens
+    assert load["num_requests"] * 496 >= kv_tokens
+
+
+@pytest.mark.parametrize(("kv_tokens", "max_tokens"), [(503, 2048), (4096, 64)])
+def test_the_memory_benchmark_says_that_not_one_prompt_fits(memory: Any, kv_tokens: int, max_tokens: int) -> None:
+    with pytest.raises(SystemExit, match=r"a prompt of 500 tokens .* do not fit.*--prompt-tokens"):
+        memory.load(Facts(kv_tokens=kv_tokens, max_tokens=max_tokens), prompt_tokens=500)
+
+
+def test_a_server_that_does_not_end_by_itself_is_killed(
+    measuring: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    script, told = tmp_path / "deaf", tmp_path / "pid"
+    script.write_text(
+        f"#!{sys.executable}\nimport os, pathlib, signal\n"
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        f"made = pathlib.Path({str(told)!r} + '.new')\nmade.write_text(str(os.getpid()))\nmade.rename({str(told)!r})\n"
+        "while True:\n    signal.pause()\n"
+    )
+    script.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(script))
+    monkeypatch.setattr(measuring, "_is_ready", lambda url: told.exists())
+    monkeypatch.setattr(measuring, "STOP_S", 0.1)
+    with measuring.served(tmp_path):
+        pid = int(told.read_text())
+    assert not Path(f"/proc/{pid}").exists()
 
 
 def test_every_command_has_help_that_says_what_it_claims() -> None:
@@ -145,6 +216,7 @@ def test_every_command_has_help_that_says_what_it_claims() -> None:
         ("prefix_cache", ["--prefix-tokens", "40"], 1),
         ("clients", ["--clients", "4", "--tokens", "8"], 1),
         ("time_to_ready", [], 1),
+        ("memory", ["--prompt-tokens", "32", "--kv-cache", "1MiB"], 0),
     ],
 )
 def test_each_command_measures_the_built_in_model(name: str, flags: list[str], ratios: int) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import socket
+import ssl
 from collections.abc import Iterator
 from typing import Any
 
@@ -216,3 +217,20 @@ def test_a_connection_that_is_refused_is_a_failed_request() -> None:
         fake = OpenAIFake(url=f"http://127.0.0.1:{bound.getsockname()[1]}")
         with pytest.raises(RequestError, match="ConnectionRefusedError"):
             ask(fake)
+
+
+def test_one_tls_context_serves_all_requests_of_a_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    make, made = ssl.create_default_context, []
+    monkeypatch.setattr(ssl, "create_default_context", lambda: made.append(make()) or made[-1])
+
+    async def run() -> None:
+        listener = await asyncio.start_server(lambda reader, writer: writer.close(), "127.0.0.1", 0)
+        async with listener, asyncio.timeout(LIMIT_S):
+            port = listener.sockets[0].getsockname()[1]
+            server = OpenAIServer(Address.parse(f"https://127.0.0.1:{port}"), model="big", api_key=None)
+            for _ in range(3):
+                with pytest.raises(RequestError):
+                    await server.answer((1, 2), max_tokens=3, on_tokens=lambda count: None)
+
+    asyncio.run(run())
+    assert len(made) == 1

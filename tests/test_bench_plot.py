@@ -74,6 +74,15 @@ def test_loads_without_an_answer_are_left_out() -> None:
     assert lines(ElementTree.fromstring(draw([failed(4)], title="tiny"))) == []
 
 
+def test_a_load_whose_answers_have_one_token_has_a_time_to_first_token() -> None:
+    single = summarise(Load(Loop.CLOSED, 4), [record_of((3.0, 1))], max_tokens=1)
+    drawing = ElementTree.fromstring(draw([point(1), single], title="tiny"))
+    assert [len(line) for line in lines(drawing)] == [2] * 3 + [1] * 3
+    alone = ElementTree.fromstring(draw([single], title="tiny"))
+    assert [len(line) for line in lines(alone)] == [1] * 3
+    assert "Inter-token latency (ms)" not in texts(alone)
+
+
 @given(st.floats(1e-6, 1e9))
 def test_ticks_reach_the_highest_value_and_are_few(highest: float) -> None:
     ticks = nice_ticks(highest)

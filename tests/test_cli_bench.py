@@ -18,7 +18,8 @@ from openai_fakes import OpenAIFake, chunk, events, openai_fake, usage
 from tpdist import builtin
 from tpdist.cli.frame import run
 
-QUICK = ("--concurrency", "2", "--num-requests", "4", "--max-tokens", "3", "--prompt-tokens", "5")
+SHORT = ("--concurrency", "2", "--num-requests", "4", "--max-tokens", "3")
+QUICK = (*SHORT, "--prompt-tokens", "5")
 END_S = 120.0
 
 
@@ -91,7 +92,7 @@ def test_no_prompt_repeats_unless_the_seed_does(bench: Any, fake: OpenAIFake) ->
 def test_prompts_of_a_file_are_sent_as_text(bench: Any, fake: OpenAIFake, tmp_path: Path) -> None:
     file = tmp_path / "prompts"
     file.write_text('{"prompt": "first"}\nsecond\n')
-    code, out, _ = bench(*QUICK, "--prompt-file", str(file))
+    code, out, _ = bench(*SHORT, "--prompt-file", str(file))
     assert code == 0
     assert sorted(body["prompt"] for body in fake.asked) == ["first"] * 3 + ["second"] * 2
     assert "came more than once" in out
@@ -103,10 +104,21 @@ def test_the_plot_is_written(bench: Any, tmp_path: Path) -> None:
     assert ElementTree.parse(file).getroot().tag.endswith("svg")
 
 
-def test_a_plot_that_cannot_be_written_is_told(bench: Any, tmp_path: Path) -> None:
-    code, _, err = bench(*QUICK, "--plot", str(tmp_path / "none" / "latency.svg"))
+def test_a_plot_without_a_folder_is_refused_before_the_first_request(
+    bench: Any, fake: OpenAIFake, tmp_path: Path
+) -> None:
+    code, out, err = bench(*QUICK, "--plot", str(tmp_path / "none" / "latency.svg"))
+    assert (code, out) == (2, "")
+    assert f"cannot write --plot {tmp_path}/none/latency.svg: {tmp_path}/none is no folder" in " ".join(err.split())
+    assert fake.asked == []
+
+
+@pytest.mark.parametrize("flags", [(), ("--json",)])
+def test_a_plot_that_cannot_be_written_leaves_the_report(bench: Any, flags: tuple[str, ...]) -> None:
+    code, out, err = bench(*QUICK, *flags, "--plot", "/dev/full")
     assert code == 2
-    assert "cannot write --plot" in err
+    assert "cannot write --plot /dev/full" in err
+    assert "seed" in out
 
 
 def test_failed_requests_are_counted_with_the_first_error(bench: Any, fake: OpenAIFake) -> None:
@@ -184,12 +196,30 @@ def test_a_server_that_is_not_there_ends_with_5(capsys: pytest.CaptureFixture[st
         (("bench", "--url", "http://a", "--rate", "inf"), "above 0"),
         (("bench", "--url", "http://a", "--shared-prefix-tokens", "128"), "less than --prompt-tokens 128"),
         (("bench", "--url", "http://a", "--prompt-file", "/none"), "cannot read --prompt-file"),
+        (("bench", "--url", "http://a", "--prompt-file", "/none", "--prompt-tokens", "5"), "--prompt-tokens is for"),
+        (("bench", "model", "--prompt-file", "/none", "--shared-prefix-tokens", "5"), "--shared-prefix-tokens is for"),
+        (("bench", "model", "--prompt-file", "/none", "--vocab-size", "5"), "--vocab-size is for"),
+        (("bench", "model", "--model", "big"), "--model is for --url"),
+        (("bench", "model", "--api-key-file", __file__), "--api-key-file is for --url"),
+        (
+            ("bench", "--url", "http://a", "--concurrency", "2,9,3", "--num-requests", "8"),
+            "--num-requests 8 is less than --concurrency 9",
+        ),
+        (("bench", "model", "--num-requests", "15"), "--num-requests 15 is less than --concurrency 16"),
         (("bench", "--urls", "http://a"), "nearest is --url"),
     ],
 )
 def test_wrong_usage_is_told(flags: tuple[str, ...], told: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(list(flags)) == 2
     assert told in capsys.readouterr().err
+
+
+def test_a_key_file_of_the_environment_is_no_mistake_of_a_model_that_runs_here(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TPDIST_API_KEY_FILE", __file__)
+    assert run(["bench", "/none"]) != 0
+    assert "--api-key-file" not in capsys.readouterr().err
 
 
 def test_a_worker_is_told_to_serve(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

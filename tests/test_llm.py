@@ -228,6 +228,23 @@ def test_close_twice_is_close_once_and_later_calls_say_so(model: Path) -> None:
         llm.generate("Hello", GREEDY)
 
 
+@pytest.mark.parametrize(
+    ("options", "priority", "named"),
+    [
+        ({"logprobs": True}, 0, "logprobs"),
+        ({"logit_bias": {5: True}}, 0, "logit_bias"),
+        ({"seed": 1.5}, 0, "seed"),
+        ({"max_tokens": 16.0}, 0, "max_tokens"),
+        ({}, 1.5, "priority"),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_refused_by_name(
+    two_ranks: LLM, options: dict[str, Any], priority: Any, named: str
+) -> None:
+    with pytest.raises(RequestError, match=named):
+        two_ranks.generate([[1]], SamplingParams(**options), priority=[priority])
+
+
 def test_a_killed_rank_ends_generate_with_its_name(model: Path) -> None:
     with LLM(model, tensor_parallel_size=2, **SMALL) as llm:
         ranks = [rank for node in llm.cluster_state().nodes for rank in node.ranks]

@@ -94,6 +94,11 @@ def test_each_answer_is_a_request_of_its_own() -> None:
     assert {request.priority for request in requests} == {2}
 
 
+def test_the_first_answer_alone_scores_the_prompt() -> None:
+    assert [request.sampling.prompt_logprobs for request in split(n=2, best_of=3, prompt_logprobs=4)] == [4, None, None]
+    assert [request.sampling.prompt_logprobs for request in split(prompt_logprobs=0)] == [0]
+
+
 def test_answers_without_a_seed_are_left_to_the_head() -> None:
     assert [request.sampling for request in split(n=3)] == [SamplingParams()] * 3
 

@@ -1,8 +1,11 @@
 """Log-probabilities, prompt_logprobs and echo over HTTP: exact shapes, and streams that add up to whole answers."""
 
+import asyncio
 import json
 import math
-from collections.abc import Sequence
+import threading
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from typing import Any
 
 import httpx
@@ -10,8 +13,9 @@ import pytest
 from fastapi import FastAPI
 from server_fakes import MODEL, VOCAB_SIZE, FakeClient, app_for, call, logprobs_at, small_tokenizer
 
-from tpdist.control.messages import TokenLogprobs
+from tpdist.control.messages import Generate, TokenLogprobs, TokenOutput
 from tpdist.server import responses
+from tpdist.server.echo import make_echo
 from tpdist.server.logprobs import LEAST_LOGPROB, by_token, chat_logprobs, completion_logprobs
 from tpdist.server.tokenizer import Tokenizer
 
@@ -183,6 +187,8 @@ def added_choices(chunks: Sequence[dict[str, Any]], num_choices: int) -> list[di
         {"logprobs": 2, "n": 3, "seed": 1},
         {"echo": True},
         {"echo": True, "logprobs": 1, "n": 2},
+        {"echo": True, "logprobs": 1, "n": 2, "prompt": [[5, 6, 7], [9]]},
+        {"echo": True, "logprobs": 1, "n": 2, "max_tokens": 0},
         {"echo": True, "logprobs": 1, "max_tokens": 0},
         {"echo": True, "max_tokens": 0},
         {"echo": True, "logprobs": 1, "prompt": [[5, 6, 7], [9]]},
@@ -222,6 +228,71 @@ def test_an_echoed_prompt_begins_the_text_and_its_logprobs(
     assert client.requests[0].sampling.prompt_logprobs == 1
 
 
+class FirstAnswerLast(FakeClient):
+    """Answer 0 of a prompt waits until answer 1 is complete."""
+
+    def __init__(self, tokens: Sequence[int]) -> None:
+        super().__init__(lambda request: tokens)
+        self._complete = asyncio.Event()
+
+    async def generate(self, request: Generate) -> AsyncGenerator[TokenOutput, None]:
+        if request.request_id.endswith("-0"):
+            await self._complete.wait()
+        async with aclosing(super().generate(request)) as outputs:
+            async for output in outputs:
+                if output.finish_reason is not None:
+                    self._complete.set()
+                yield output
+
+
+@pytest.mark.parametrize("options", [{}, {"max_tokens": 0}])
+def test_an_answer_that_overtakes_the_first_waits_for_its_prompts_logprobs(
+    tokenizer: Tokenizer, prompt_tokens: list[int], tokens: list[int], options: dict[str, Any]
+) -> None:
+    app = app_for(FirstAnswerLast(tokens[:-1]), tokenizer)
+    chunks = chunks_of(complete(app, echo=True, logprobs=1, n=2, stream=True, **options))
+    made = [] if options else own(tokens)
+    for choice in added_choices(chunks, 2):
+        assert choice["logprobs"]["token_logprobs"] == [None, *own(prompt_tokens[1:]), *made]
+
+
+@pytest.mark.parametrize(
+    "options", [{"echo": True, "logprobs": 1}, {"prompt_logprobs": 1}, {"prompt_logprobs": 0, "best_of": 3, "n": 2}]
+)
+def test_a_prompt_is_scored_once_for_all_of_its_answers(
+    app: FastAPI, client: FakeClient, prompt_tokens: list[int], options: dict[str, Any]
+) -> None:
+    body = complete(app, prompt=[prompt_tokens, prompt_tokens[:4]], **{"n": 3, **options}).json()
+    asked = [request.sampling.prompt_logprobs for request in client.requests]
+    most = options.get("prompt_logprobs", 1)
+    assert asked == [most, None, None] * 2
+    for index, choice in enumerate(body["choices"]):
+        scored = prompt_tokens if index < len(body["choices"]) // 2 else prompt_tokens[:4]
+        if "echo" in options:
+            assert choice["logprobs"]["token_logprobs"][: len(scored)] == [None, *own(scored[1:])]
+        else:
+            assert [next(iter(entry)) for entry in choice["prompt_logprobs"][1:]] == list(map(str, scored[1:]))
+
+
+@pytest.mark.parametrize(
+    "options", [{"echo": True, "logprobs": 1}, {"echo": True, "logprobs": 1, "stream": True}, {"prompt_logprobs": 1}]
+)
+def test_a_prompts_logprobs_are_not_shaped_on_the_event_loops_thread(
+    app: FastAPI, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    threads = []
+    original = tokenizer.token_text
+
+    def token_text(token_id: int) -> str:
+        threads.append(threading.current_thread())
+        return original(token_id)
+
+    monkeypatch.setattr(tokenizer, "token_text", token_text)
+    assert complete(app, **{"echo": True, "max_tokens": 0, "n": 2, **options}).status_code == 200
+    assert threads
+    assert threading.current_thread() not in threads
+
+
 def test_an_echo_without_logprobs_asks_for_none(app: FastAPI, client: FakeClient) -> None:
     choice = complete(app, echo=True, return_token_ids=True).json()["choices"][0]
     assert (choice["text"], choice["logprobs"]) == (PROMPT + TEXT, None)
@@ -233,6 +304,15 @@ def test_an_echo_of_token_ids_is_their_text(app: FastAPI, tokenizer: Tokenizer) 
     choice = complete(app, prompt=ids, echo=True, logprobs=0).json()["choices"][0]
     assert choice["text"] == "<|start|>the fox" + TEXT
     assert choice["logprobs"]["text_offset"][:2] == [0, len("<|start|>")]
+
+
+def test_a_prompt_that_is_a_part_of_its_own_beginning_of_text_has_the_offsets_of_its_tokens(
+    tokenizer: Tokenizer,
+) -> None:
+    start, *_ = tokenizer.encode("<|start|>", add_special_tokens=False)
+    letters = [tokenizer.encode(letter, add_special_tokens=False)[0] for letter in "start"]
+    assert make_echo(tokenizer, "start", (start, *letters)).offsets == (0, 0, 1, 2, 3, 4)
+    assert make_echo(tokenizer, "other", (start, *letters)).offsets == (0, 5, 5, 5, 5, 5), "text that is not there"
 
 
 @pytest.mark.parametrize("stream", [False, True])

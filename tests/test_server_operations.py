@@ -105,6 +105,14 @@ def samples(app: FastAPI) -> dict[str, float]:
     }
 
 
+@pytest.mark.parametrize("options", [{"n": 3}, {"best_of": 3}, {"n": 3, "stream": True}])
+def test_a_prompt_with_several_answers_counts_once(app: FastAPI, options: dict[str, Any]) -> None:
+    body = {"model": MODEL, "prompt": [[5, 6, 7], [8]], **options}
+    assert call(app, "POST", "/v1/completions", json=body).status_code == 200
+    assert samples(app)["tpdist_prompt_tokens_total"] == 4
+    assert samples(app)["tpdist_request_success_totalstop"] == 6
+
+
 def test_metrics_tell_of_the_cluster_and_of_finished_requests(app: FastAPI) -> None:
     body = {"model": MODEL, "prompt": [5, 6, 7]}
     assert call(app, "POST", "/v1/completions", json=body).status_code == 200

@@ -15,6 +15,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
+import msgspec
+
 from tpdist.control.agent import Outcome
 from tpdist.control.messages import ClusterState, DrainRequest, Generate
 from tpdist.errors import RequestError, SettingsError, TpdistError, error_for
@@ -118,6 +120,8 @@ class LLM:
             sampling_params = [sampling_params or SamplingParams()] * len(batch)
         if isinstance(priority, int):
             priority = [priority] * len(batch)
+        for given in (*sampling_params, *priority):
+            _check_types(given)
         for name, values in (("SamplingParams", sampling_params), ("priorities", priority)):
             if len(values) != len(batch):
                 raise ValueError(f"{len(batch)} prompts need as many {name}, got {len(values)}")
@@ -252,6 +256,16 @@ async def _gather(work: Iterable[Coroutine[Any, Any, Result]]) -> list[Result]:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _check_types(value: object) -> None:
+    """Raise RequestError for a value that messages do not take, which the head would drop: a Struct checks the types of
+    its fields when it arrives, not when it is made."""
+    try:
+        msgspec.convert(msgspec.to_builtins(value), type(value) if isinstance(value, SamplingParams) else int)
+    except (msgspec.ValidationError, OverflowError) as error:
+        name = "SamplingParams" if isinstance(value, SamplingParams) else "priority"
+        raise RequestError(f"{name}: {error}", param=name) from error
 
 
 def _as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

@@ -56,12 +56,12 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             msgspec.structs.force_setattr(self, name, tuple(getattr(self, name) or ()))
         if self.top_k == -1:
             msgspec.structs.force_setattr(self, "top_k", 0)
-        self._check("max_tokens", self.max_tokens is None or self.max_tokens >= 1, "at least 1")
+        self._check("max_tokens", self.max_tokens is None or 1 <= self.max_tokens < 2**31, "at least 1")
         self._check("min_tokens", self.min_tokens >= 0, "0 or more")
         if self.max_tokens is not None:
             self._check("min_tokens", self.min_tokens <= self.max_tokens, f"at most max_tokens={self.max_tokens}")
         self._check("temperature", 0 <= self.temperature <= LARGEST, f"between 0 and {LARGEST:g}")
-        self._check("top_k", self.top_k >= 0, "0 or -1 (off), or at least 1")
+        self._check("top_k", 0 <= self.top_k < 2**31, "0 or -1 (off), or at least 1")
         self._check("top_p", 0 < self.top_p <= 1, "above 0 and at most 1")
         self._check("min_p", 0 <= self.min_p <= 1, "between 0 and 1")
         fits = 1 / LARGEST <= self.repetition_penalty <= LARGEST

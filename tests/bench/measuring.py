@@ -116,11 +116,16 @@ class System:
         """End it: a system ends when nobody can ask it any more."""
         assert self._process.stdin is not None
         self._process.stdin.close()
-        try:
-            self._process.wait(STOP_S)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        _wait_or_kill(self._process)
+
+
+def _wait_or_kill(process: "subprocess.Popen[Any]") -> None:
+    """Until a process that was told to end has ended."""
+    try:
+        process.wait(STOP_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 @contextmanager
@@ -194,13 +199,22 @@ class LoadGenerator:
 
 
 def together_tokens_per_s(records: Sequence[Record]) -> float | None:
-    """Tokens per second between the latest first token and the earliest last one: while all requests decode.
+    """Tokens per second while all requests decode: between the latest first token and the earliest last one.
 
-    For one request this is (n - 1) / (last - first). None if they never all did."""
-    begin = max(record.arrivals[0][0] for record in answered(records))
-    end = min(record.arrivals[-1][0] for record in answered(records))
-    tokens = sum(number for record in records for at, number in record.arrivals if begin < at <= end)
-    return tokens / (end - begin) if end > begin else None
+    The sum of the requests' own speeds, each over whole steps: tokens of one step come a little apart, so that one
+    window for all would cut a step short for most of them. For one request this is (n - 1) / (last - first). None if
+    they never all decoded."""
+    whole = answered(records)
+    begin = max(record.arrivals[0][0] for record in whole)
+    end = min(record.arrivals[-1][0] for record in whole)
+    return sum(_speed(record, begin, end) for record in whole) if end > begin else None
+
+
+def _speed(record: Record, begin: float, end: float) -> float:
+    """Tokens per second of one request, from its last token up to `begin` to its first one from `end` on."""
+    started = max(at for at, _ in record.arrivals if at <= begin)
+    ended = min(at for at, _ in record.arrivals if at >= end)
+    return sum(number for at, number in record.arrivals if started < at <= ended) / (ended - started)
 
 
 @contextmanager
@@ -219,7 +233,7 @@ def served(folder: Path, *flags: str) -> Iterator[str]:
         yield f"http://127.0.0.1:{port}"
     finally:
         node.send_signal(signal.SIGTERM)
-        node.wait(STOP_S)
+        _wait_or_kill(node)
 
 
 def http_generator(url: str, folder: Path) -> Callable[..., dict[str, Any]]:

@@ -94,8 +94,8 @@ def test_a_stopped_worker_agent_is_lost_like_a_dead_one(running: Running) -> Non
 def test_a_rank_that_hangs_in_a_step_ends_both_nodes(running: Running) -> None:
     os.kill(running.pids[1], signal.SIGSTOP)
     running.survivors_end(within_s=HANG_BOUND_S)
-    told_the_cause(running.head, "did not answer in time")
-    told_the_cause(running.worker, "did not answer in time")
+    told_the_cause(running.head, "has not come within")
+    told_the_cause(running.worker, "has not come within")
 
 
 def test_a_rank_0_that_hangs_before_a_step_ends_both_nodes(processes: Processes, model: Path) -> None:

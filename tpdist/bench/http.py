@@ -9,6 +9,7 @@ import ssl
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from urllib.parse import urlsplit
 
 from tpdist.errors import SettingsError
@@ -41,6 +42,11 @@ class Address:
             raise SettingsError(f"--url must be as http://HOST:PORT or https://HOST, not {url}")
         tls = parts.scheme == "https"
         return cls(parts.hostname, port or (443 if tls else 80), tls, parts.path.rstrip("/"))
+
+    @cached_property
+    def tls_context(self) -> ssl.SSLContext | None:
+        """Made once: to read the certificates of the system takes longer than many a first token."""
+        return ssl.create_default_context() if self.tls else None
 
     def __str__(self) -> str:
         host = f"[{self.host}]" if ":" in self.host else self.host
@@ -86,8 +92,9 @@ async def requesting(
     address: Address, path: str, *, headers: Mapping[str, str], body: bytes | None = None
 ) -> AsyncIterator[HttpAnswer]:
     """POST `body`, or GET without one, on a new connection, which closes afterwards. Raises HttpError and OSError."""
-    context = ssl.create_default_context() if address.tls else None
-    reader, writer = await asyncio.open_connection(address.host, address.port, ssl=context, limit=MAX_HEADER_BYTES)
+    reader, writer = await asyncio.open_connection(
+        address.host, address.port, ssl=address.tls_context, limit=MAX_HEADER_BYTES
+    )
     try:
         writer.write(_head(address, path, headers, body) + (body or b""))
         await writer.drain()

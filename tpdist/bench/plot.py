@@ -70,7 +70,8 @@ class Panel:
 
 
 def draw(points: Sequence[PointReport], *, title: str) -> str:
-    """The picture as a text of SVG. Load points without an answer are left out."""
+    """The picture as a text of SVG. Load points without an answer are left out, and those whose answers came all at
+    once have no inter-token latency."""
     panels = list(_panels(points))
     rows = len({panel.top for panel in panels})
     width = LEFT + 2 * PANEL_WIDTH + GAP_X + RIGHT
@@ -101,15 +102,17 @@ def _panels(points: Sequence[PointReport]) -> Iterator[Panel]:
     top = float(TOP)
     for loop in Loop:
         chosen = sorted((point for point in points if point.loop == loop.value), key=lambda point: point.load)
-        both = [point for point in chosen if point.ttft_s is not None and point.itl_s is not None]
-        if not both:
-            continue
-        loads = [point.load for point in both]
-        first = [point.ttft_s for point in both if point.ttft_s is not None]
-        between = [point.itl_s for point in both if point.itl_s is not None]
-        yield Panel("Time to first token", loads, first, LOADS[loop], LEFT, top)
-        yield Panel("Inter-token latency", loads, between, LOADS[loop], LEFT + PANEL_WIDTH + GAP_X, top)
-        top += PANEL_HEIGHT + GAP_Y
+        first = [(point.load, point.ttft_s) for point in chosen if point.ttft_s is not None]
+        between = [(point.load, point.itl_s) for point in chosen if point.itl_s is not None]
+        for title, found, left in (
+            ("Time to first token", first, LEFT),
+            ("Inter-token latency", between, LEFT + PANEL_WIDTH + GAP_X),
+        ):
+            if found:
+                loads, spreads = zip(*found, strict=True)
+                yield Panel(title, loads, spreads, LOADS[loop], left, top)
+        if first:
+            top += PANEL_HEIGHT + GAP_Y
 
 
 def _legend() -> Iterator[str]:

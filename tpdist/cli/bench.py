@@ -2,25 +2,31 @@
 
 import asyncio
 import os
-import secrets
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
 import msgspec
-from click.core import ParameterSource
 
-from tpdist import log
 from tpdist.bench.in_process import RunningModel, running_model
-from tpdist.bench.load import Load, Loop
+from tpdist.bench.load import Load
 from tpdist.bench.openai_server import OpenAIServer, find_model
 from tpdist.bench.plot import draw
-from tpdist.bench.prompts import read_prompts
 from tpdist.bench.report import PointReport
 from tpdist.bench.roofline import MemoryClock
 from tpdist.bench.session import BenchReport, Workload, measure_points, warm_up
+from tpdist.cli.bench_options import (
+    FOREIGN_VOCAB_SIZE,
+    MAX_SEED,
+    check_plot,
+    loads_of,
+    numbers,
+    quiet,
+    refuse_ignored_flags,
+    workload_of,
+    write_plot,
+)
 from tpdist.cli.bench_output import RequestProgress, print_report, title_of
 from tpdist.cli.frame import command
 from tpdist.cli.options import settings_options
@@ -28,12 +34,9 @@ from tpdist.cli.progress import LoadProgress
 from tpdist.errors import SettingsError
 from tpdist.launcher import read_api_keys
 from tpdist.server.tokenizer import open_tokenizer
-from tpdist.settings import OPTIONS, Role, Settings
+from tpdist.settings import Settings
 
-DEFAULT_CONCURRENCY = (1.0, 4.0, 16.0)
-FOREIGN_VOCAB_SIZE = 1000
 FIND_TIMEOUT_S = 30.0
-MAX_SEED = 2**31 - 1
 
 EXAMPLES = (
     "tpdist bench ./model",
@@ -45,23 +48,6 @@ EXAMPLES = (
     "tpdist bench --url https://gpu1 --model big --api-key-file key --json | jq .points[].tokens_per_s",
     "tpdist bench --url http://127.0.0.1:8080 --prompt-file prompts.jsonl",
 )
-
-
-def _numbers(
-    kind: type[int] | type[float],
-) -> Callable[[click.Context, click.Parameter, str | None], tuple[float, ...]]:
-    """A callback that reads positive numbers, separated by commas."""
-
-    def read(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[float, ...]:
-        try:
-            numbers = tuple(float(kind(part)) for part in value.split(",")) if value else ()
-        except ValueError as error:
-            raise click.BadParameter(f"{value} is not as 1,4,16: {error}", ctx, param) from error
-        if not all(0 < number < float("inf") for number in numbers):
-            raise click.BadParameter(f"{value}: every number must be above 0", ctx, param)
-        return numbers
-
-    return read
 
 
 @command(examples=EXAMPLES)
@@ -76,13 +62,13 @@ def _numbers(
 )
 @click.option(
     "--concurrency",
-    callback=_numbers(int),
+    callback=numbers(int),
     metavar="N,...",
     help="Closed loop: as many requests at once; default without --rate: 1,4,16.",
 )
 @click.option(
     "--rate",
-    callback=_numbers(float),
+    callback=numbers(float),
     metavar="R,...",
     help="Open loop: requests a second on average, at random times (Poisson).",
 )
@@ -170,69 +156,24 @@ def bench(
     """
     if (model is None) == (url is None):
         raise SettingsError("give either MODEL, to run it here, or --url URL, to measure a server")
-    loads, workload = _loads(given), _workload(given)
+    refuse_ignored_flags(with_url=url is not None, with_file=given["prompt_file"] is not None)
+    loads = loads_of(given)
+    workload = workload_of(given)
+    if plot is not None:
+        check_plot(plot)
     if model is not None:
-        report = asyncio.run(_bench_model(_quiet(settings), model, loads, workload, vocab_size=given["vocab_size"]))
+        report = asyncio.run(_bench_model(quiet(settings), model, loads, workload, vocab_size=given["vocab_size"]))
     else:
         assert url is not None
-        _refuse_engine_flags()
         keys = read_api_keys(api_key_file)
         report = asyncio.run(_bench_url(url, model_name, keys[0] if keys else None, loads, workload))
-    if plot is not None:
-        _write(plot, draw(report.points, title=title_of(report)))
     if as_json:
         click.echo(msgspec.json.encode(report))
     else:
         print_report(report)
+    if plot is not None:
+        write_plot(plot, draw(report.points, title=title_of(report)))
     _refuse_failure(report.points)
-
-
-# -- options ----------------------------------------------------------------------------------------------------------
-
-
-def _loads(given: dict[str, Any]) -> list[Load]:
-    concurrency, rates = given["concurrency"], given["rate"]
-    if not concurrency and not rates:
-        concurrency = DEFAULT_CONCURRENCY
-    return [Load(Loop.CLOSED, value) for value in concurrency] + [Load(Loop.OPEN, value) for value in rates]
-
-
-def _workload(given: dict[str, Any]) -> Workload:
-    if given["shared_prefix_tokens"] >= given["prompt_tokens"]:
-        raise SettingsError(
-            f"--shared-prefix-tokens {given['shared_prefix_tokens']} must be less than --prompt-tokens "
-            f"{given['prompt_tokens']}"
-        )
-    file, seed = given["prompt_file"], given["prompt_seed"]
-    return Workload(
-        prompt_tokens=given["prompt_tokens"],
-        max_tokens=given["max_tokens"],
-        vocab_size=given["vocab_size"] or FOREIGN_VOCAB_SIZE,
-        seed=secrets.randbelow(MAX_SEED) if seed is None else seed,
-        timeout_s=given["request_timeout_s"],
-        shared_prefix_tokens=given["shared_prefix_tokens"],
-        num_requests=given["num_requests"],
-        prompts=None if file is None else read_prompts(file),
-    )
-
-
-def _quiet(settings: Settings) -> Settings:
-    """Settings for a node of this process. Raises SettingsError for a role that serves no requests of its own."""
-    if settings.role not in (Role.SINGLE, Role.HEAD):
-        raise SettingsError(f"`tpdist bench MODEL` cannot run as a {settings.role.value}; run `tpdist serve` there")
-    if "log_level" in settings.model_fields_set:
-        return settings
-    log.configure(level="WARNING")
-    return settings.model_copy(update={"log_level": "WARNING"})
-
-
-def _refuse_engine_flags() -> None:
-    """A flag of the engine would change nothing about a server that runs elsewhere."""
-    context = click.get_current_context()
-    for name, option in OPTIONS.items():
-        given = context.get_parameter_source(name) is ParameterSource.COMMANDLINE
-        if given and name in context.params and option.section not in ("http", "general"):
-            raise SettingsError(f"{option.flag} is for MODEL; with --url set it on the server")
 
 
 # -- targets ----------------------------------------------------------------------------------------------------------
@@ -299,13 +240,6 @@ async def _bench_url(
 
 
 # -- results ----------------------------------------------------------------------------------------------------------
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise SettingsError(f"cannot write --plot {path}: {error}") from error
 
 
 def _refuse_failure(points: list[PointReport]) -> None:

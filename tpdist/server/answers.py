@@ -27,7 +27,9 @@ def check_sampling_ids(sampling: SamplingParams, *, vocab_size: int) -> None:
 def split_answers(request: Generate) -> list[Generate]:
     """One sequence for each answer to a prompt: answer i of n, or of best_of, is drawn with seed + i.
 
-    Answers that compete are given log-probabilities to be compared by. Raises RequestError for a seed too large.
+    Answer 0 alone scores the prompt: a sequence that does must compute it without the prefix cache, and all would find
+    the same. Answers that compete are given log-probabilities to be compared by. Raises RequestError for a seed too
+    large.
     """
     sampling = request.sampling
     count = sampling.best_of or sampling.n
@@ -41,6 +43,7 @@ def split_answers(request: Generate) -> list[Generate]:
                 n=1,
                 best_of=None,
                 logprobs=needed,
+                prompt_logprobs=sampling.prompt_logprobs if answer == 0 else None,
                 seed=None if sampling.seed is None else sampling.seed + answer,
             ),
         )

@@ -37,9 +37,10 @@ def make_echo(tokenizer: Tokenizer, prompt: str | Sequence[int], token_ids: tupl
 
 
 def _offsets(text: str, spelt: Sequence[bytes]) -> tuple[int, ...]:
-    """Where in `text` each token begins, given their bytes: what a tokenizer puts before a text counts nothing."""
+    """Where in `text` each token begins, given their bytes: what a tokenizer puts before a text counts nothing, even
+    if it holds the same text."""
     whole = b"".join(spelt)
-    before = -_num_characters(whole[: max(0, whole.find(text.encode()))])
+    before = -_num_characters(whole[: max(0, whole.rfind(text.encode()))])
     offsets = []
     for token in spelt:
         inside = token[:1] in _CONTINUATION if token else False

@@ -22,6 +22,8 @@ from tpdist.server.text import Piece, TextReader, check_token_ids
 from tpdist.server.tokenizer import Tokenizer
 
 LONG_TEXT_CHARS = 8192
+MAX_PROMPT_LOGPROBS = 500_000
+"""How many log-probabilities of prompts one answer may hold: some 30 MB of JSON."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,9 +43,18 @@ class Job:
     num_prompt_tokens: int
     arrived_s: float
 
+    @property
+    def scores_prompts(self) -> bool:
+        """The first sequence of each prompt brings the prompt's log-probabilities."""
+        return self.sequences[0].sampling.prompt_logprobs is not None
+
+    def prompt_of(self, index: int) -> int:
+        """The number of the prompt that sequence `index` answers."""
+        return index // self.per_prompt
+
     def echo(self, index: int) -> Echo | None:
         """What the answer of sequence `index` begins with."""
-        return self.echoes[index // self.per_prompt] if self.echoes else None
+        return self.echoes[self.prompt_of(index)] if self.echoes else None
 
 
 async def encode(tokenizer: Tokenizer, text: str, *, add_special_tokens: bool) -> tuple[int, ...]:
@@ -72,7 +83,7 @@ def plan_job(
     sequences: list[Generate] = []
     for number, prompt in enumerate(prompts):
         check_token_ids(prompt, vocab_size=service.vocab_size, param=param)
-        room = room_for(prompt, max_tokens=body.token_limit, engine=engine, param=param)
+        room = room_for(prompt, max_tokens=body.token_limit, engine=engine, param=param, prompt_only=body.prompt_only)
         sampling = body.sampling(max_tokens=body.token_limit or min(room, body.DEFAULT_TOKENS or room))
         check_sampling_ids(sampling, vocab_size=service.vocab_size)
         request = Generate(
@@ -83,6 +94,8 @@ def plan_job(
             priority=body.priority or 0,
         )
         sequences += split_answers(request)
+    num_prompt_tokens = sum(map(len, prompts))
+    _check_prompt_logprobs(body, num_prompt_tokens)
     return Job(
         service=service,
         tokenizer=tokenizer,
@@ -90,20 +103,41 @@ def plan_job(
         per_prompt=len(sequences) // len(prompts),
         echoes=tuple(make_echo(tokenizer, *pair) for pair in zip(echoed, prompts, strict=False)),
         prompt_only=body.prompt_only,
-        num_prompt_tokens=sum(map(len, prompts)),
+        num_prompt_tokens=num_prompt_tokens,
         arrived_s=arrived_s,
     )
 
 
-def room_for(prompt: tuple[int, ...], *, max_tokens: int | None, engine: EngineInfo, param: str) -> int:
-    """How many tokens can follow `prompt`. Raises ApiError 400 if that is none, or fewer than `max_tokens`."""
+def _check_prompt_logprobs(body: GenerationRequest, num_prompt_tokens: int) -> None:
+    """Raise ApiError 400 if the choices, each of which shows its prompt, would show too many log-probabilities."""
+    most, choices = body.num_prompt_logprobs, body.n or 1
+    if most is None:
+        return
+    entries = num_prompt_tokens * (most + 1) * choices
+    if entries > MAX_PROMPT_LOGPROBS:
+        param = "prompt_logprobs" if body.prompt_logprobs == most else "logprobs"
+        raise ApiError(
+            400,
+            f"{param} would give {entries} log-probabilities of prompts ({num_prompt_tokens} prompt tokens, {most} + 1 "
+            f"at each, n={choices}), and one request may have at most {MAX_PROMPT_LOGPROBS}; send fewer prompts at "
+            "once, or ask for fewer",
+            param=param,
+        )
+
+
+def room_for(
+    prompt: tuple[int, ...], *, max_tokens: int | None, engine: EngineInfo, param: str, prompt_only: bool = False
+) -> int:
+    """How many tokens can follow `prompt`. Raises ApiError 400 if that is none, or fewer than `max_tokens`; with
+    `prompt_only` it speaks of the one that the engine makes and nobody asked for."""
     if not prompt:
         raise ApiError(400, f"{param} has no tokens; at least one is needed", param=param)
     wanted = max_tokens or 1
     if len(prompt) + wanted > engine.max_tokens:
+        needed = "scoring it needs room for one token more" if prompt_only else f"{wanted} more are asked for"
         raise ApiError(
             400,
-            f"{param} has {len(prompt)} tokens and {wanted} more are asked for, which makes {len(prompt) + wanted}; "
+            f"{param} has {len(prompt)} tokens and {needed}, which makes {len(prompt) + wanted}; "
             f"this server holds at most {engine.max_tokens} tokens of one request (longest context "
             f"{engine.max_model_len}, KV cache {engine.num_kv_blocks * engine.block_size})",
             param=param,
@@ -114,6 +148,7 @@ def room_for(prompt: tuple[int, ...], *, max_tokens: int | None, engine: EngineI
 
 def run_job(job: Job) -> AsyncGenerator[Piece, None]:
     """The pieces of all sequences as they come. Raises RequestError when one of them is lost; the rest are aborted."""
+    job.service.metrics.prompt_tokens.inc(job.num_prompt_tokens)
     sequences = [_read_sequence(job, index) for index in range(len(job.sequences))]
     return sequences[0] if len(sequences) == 1 else _merge(sequences)
 
@@ -121,7 +156,7 @@ def run_job(job: Job) -> AsyncGenerator[Piece, None]:
 async def _read_sequence(job: Job, index: int) -> AsyncGenerator[Piece, None]:
     request, echo = job.sequences[index], job.echo(index)
     reader = TextReader(job.tokenizer, request, index=index, start=len(echo.text) if echo else 0)
-    timer = SequenceTimer(job.service.metrics, arrived_s=job.arrived_s, num_prompt_tokens=len(request.prompt_token_ids))
+    timer = SequenceTimer(job.service.metrics, arrived_s=job.arrived_s)
     reason = "abort"
     try:
         async with aclosing(read_pieces(job.service.client.generate, request, reader)) as pieces:

@@ -33,7 +33,9 @@ class Metrics:
     def __init__(self, state: Callable[[], ClusterState]) -> None:
         self._registry = registry = CollectorRegistry()
         registry.register(_ClusterCollector(state))
-        self.prompt_tokens = Counter("tpdist_prompt_tokens", "Prompt tokens of requests.", registry=registry)
+        self.prompt_tokens = Counter(
+            "tpdist_prompt_tokens", "Prompt tokens of requests, each prompt once.", registry=registry
+        )
         self.generation_tokens = Counter("tpdist_generation_tokens", "Tokens generated.", registry=registry)
         self.finished = Counter(
             "tpdist_request_success",
@@ -68,11 +70,10 @@ class Metrics:
 class SequenceTimer:
     """Records the life of one sequence in `metrics`, from `arrived_s` (monotonic) on."""
 
-    def __init__(self, metrics: Metrics, *, arrived_s: float, num_prompt_tokens: int) -> None:
+    def __init__(self, metrics: Metrics, *, arrived_s: float) -> None:
         self._metrics = metrics
         self._arrived_s = arrived_s
         self._last_s: float | None = None
-        metrics.prompt_tokens.inc(num_prompt_tokens)
 
     def saw_tokens(self, num_tokens: int) -> None:
         now = monotonic()

@@ -4,6 +4,7 @@ Knows completions and chat only through Shape. Chunks are plain dicts written by
 stream.
 """
 
+import asyncio
 import time
 import uuid
 from collections import defaultdict
@@ -145,7 +146,9 @@ async def _events(job: Job, reply: Reply) -> AsyncGenerator[bytes, None]:
     async with aclosing(run_job(job)) as pieces:
         async for piece in pieces:
             meter.count(piece)
-            event = writer.write(piece)
+            # An opening may hold a long prompt's log-probabilities: shaping them must not hold up the event loop.
+            opens = job.scores_prompts and not writer.has_opened(piece.index)
+            event = await asyncio.to_thread(writer.write, piece) if opens else writer.write(piece)
             if event:
                 yield event
     if reply.include_usage:
@@ -155,32 +158,47 @@ async def _events(job: Job, reply: Reply) -> AsyncGenerator[bytes, None]:
 
 
 class _ChunkWriter:
-    """Pieces as events. A choice opens with its first token: then all of its prompt's log-probabilities are there."""
+    """Pieces as events. Where a choice begins with its prompt's log-probabilities, which the prompt's first sequence
+    brings, all pieces of the prompt are held until that sequence has a token: then they are all there."""
 
     def __init__(self, job: Job, reply: Reply, meter: Meter) -> None:
         self._job = job
         self._reply = reply
         self._meter = meter
         self._opened: set[int] = set()
-        self._prompt_logprobs: defaultdict[int, list[TokenLogprobs]] = defaultdict(list)
+        self._scores: defaultdict[int, list[TokenLogprobs]] = defaultdict(list)
+        self._scored: set[int] = set()
+        self._held: defaultdict[int, list[Piece]] = defaultdict(list)
         self._shows_tokens = reply.return_token_ids or reply.logprobs is not None
 
+    def has_opened(self, index: int) -> bool:
+        """Events of choice `index` were written."""
+        return index in self._opened
+
     def write(self, piece: Piece) -> bytes:
-        """The events that `piece` makes, if any."""
-        event = b"" if piece.index in self._opened else self._open(piece)
+        """The events that `piece` makes, if any, and those of the pieces that waited for it."""
+        prompt = self._job.prompt_of(piece.index)
+        self._scores[prompt] += piece.prompt_logprobs
+        if not piece.token_ids and piece.finish_reason is None:
+            return b""
+        if self._job.scores_prompts and prompt not in self._scored:
+            if piece.index % self._job.per_prompt:
+                self._held[prompt].append(piece)
+                return b""
+            self._scored.add(prompt)
+        return b"".join(self._write(each) for each in (piece, *self._held.pop(prompt, ())))
+
+    def _write(self, piece: Piece) -> bytes:
+        event = b"" if self.has_opened(piece.index) else self._open(piece)
         if piece.text or piece.finish_reason or (self._shows_tokens and piece.token_ids):
             event += self._chunk(piece)
         return event
 
     def _open(self, piece: Piece) -> bytes:
-        self._prompt_logprobs[piece.index] += piece.prompt_logprobs
-        if not piece.token_ids and piece.finish_reason is None:
-            return b""
         self._opened.add(piece.index)
-        logprobs = self._prompt_logprobs.pop(piece.index)
         echo, content = self._job.echo(piece.index), self._reply.shape.opening()
         if echo is not None:
-            return self._chunk(echo.as_piece(piece.index, logprobs))
+            return self._chunk(echo.as_piece(piece.index, self._scores[self._job.prompt_of(piece.index)]))
         return b"" if content is None else self._event(content, Piece(index=piece.index, text="", token_ids=()))
 
     def _chunk(self, piece: Piece) -> bytes:
@@ -202,20 +220,31 @@ async def _whole(job: Job, reply: Reply) -> dict[str, Any]:
         async for piece in arriving:
             meter.count(piece)
             pieces[piece.index].append(piece)
+    if job.scores_prompts:  # much to shape, which must not hold up the event loop
+        return await asyncio.to_thread(_whole_body, job, reply, meter, pieces)
+    return _whole_body(job, reply, meter, pieces)
+
+
+def _whole_body(job: Job, reply: Reply, meter: Meter, pieces: Sequence[Sequence[Piece]]) -> dict[str, Any]:
+    """The body, given the pieces of each sequence."""
     answers = [join(of_answer) for of_answer in pieces]
+    scores = [answer.prompt_logprobs for answer in answers[:: job.per_prompt]]
     prompts = [answers[first : first + job.per_prompt] for first in range(0, len(answers), job.per_prompt)]
     kept = [answer for of_prompt in prompts for answer in best_answers(of_prompt, n=reply.n)]
-    choices = [_choice(job, reply, index, answer) for index, answer in enumerate(kept)]
+    choices = [
+        _choice(job, reply, index, answer, scores[job.prompt_of(answer.index)]) for index, answer in enumerate(kept)
+    ]
     body = {**reply.body(reply.shape.object, choices), "usage": meter.usage()}
     if reply.prompt_logprobs is not None:
-        most = reply.prompt_logprobs
-        shown = [shown_prompt(job.tokenizer, answer.prompt_logprobs, most=most) for answer in kept]
-        reply.shape.add_prompt_logprobs(body, shown)
+        shown = [shown_prompt(job.tokenizer, of_prompt, most=reply.prompt_logprobs) for of_prompt in scores]
+        reply.shape.add_prompt_logprobs(body, [shown[job.prompt_of(answer.index)] for answer in kept])
     return body
 
 
-def _choice(job: Job, reply: Reply, index: int, answer: Piece) -> dict[str, Any]:
+def _choice(
+    job: Job, reply: Reply, index: int, answer: Piece, prompt_logprobs: Sequence[TokenLogprobs]
+) -> dict[str, Any]:
     echo = job.echo(answer.index)
     if echo is not None:
-        answer = join([echo.as_piece(answer.index, answer.prompt_logprobs), answer])
+        answer = join([echo.as_piece(answer.index, prompt_logprobs), answer])
     return reply.choice(index, reply.shape.choice(answer.text), answer)

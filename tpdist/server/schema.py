@@ -27,6 +27,7 @@ from tpdist.server.fields import (
 Count = Annotated[int, Field(ge=1, le=MAX_ANSWERS)]
 NumLogprobs = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
+NoEffect = Field(description="Accepted; has no effect.")
 
 
 class StreamOptions(Strict):
@@ -52,7 +53,11 @@ class GenerationRequest(Strict):
     model: str
     stream: bool | None = None
     stream_options: StreamOptions | None = Field(None, description="Only with stream.")
-    user: str | None = Field(None, description="Accepted; has no effect.")
+    user: Annotated[str | None, NoEffect] = None
+    metadata: Annotated[dict[str, str] | None, NoEffect] = None
+    service_tier: Annotated[Literal["auto", "default"] | None, NoEffect] = None
+    prompt_cache_key: Annotated[str | None, NoEffect] = None
+    safety_identifier: Annotated[str | None, NoEffect] = None
     n: Count | None = Field(None, description="Answers for each prompt. With a seed, answer i is drawn with seed + i.")
     temperature: Annotated[float, Field(ge=0)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
@@ -168,6 +173,9 @@ class CompletionRequest(GenerationRequest):
             raise PydanticCustomError("value", "is not possible with stream unless it equals n", {"field": "best_of"})
         if self.max_tokens == 0 and not self.echo:
             raise PydanticCustomError("value", "must be at least 1 without echo", {"field": "max_tokens"})
+        if self.max_tokens == 0 and self.min_tokens:
+            least = {"field": "min_tokens", "least": self.min_tokens}
+            raise PydanticCustomError("value", "is {least}, but must be at most max_tokens=0", least)
         if len(self.prompt) * max(best_of, answers) > MAX_CHOICES:
             raise PydanticCustomError(
                 "prompt", "times n or best_of may give at most {most}", {"field": "prompt", "most": MAX_CHOICES}
@@ -232,6 +240,7 @@ class ChatRequest(GenerationRequest):
     audio: Annotated[Any, Off()] = None
     prediction: Annotated[Any, Off()] = None
     reasoning_effort: Annotated[Any, Off()] = None
+    verbosity: Annotated[Any, Off()] = None
     store: Annotated[Any, Off(False)] = None
     web_search_options: Annotated[Any, Off()] = None
 

@@ -29,7 +29,10 @@ TOKENIZER_FILES = (
 
 
 class Tokenizer:
-    """A model's tokenizer and chat template. Reading only, so that threads may share it."""
+    """A model's tokenizer and chat template.
+
+    Threads may share it: all that changes is a cache of the bytes of tokens, where every writer writes the same.
+    """
 
     def __init__(self, backend: Any, *, chat_template: str | None = None) -> None:
         """`backend` is a transformers tokenizer; `chat_template` (jinja source) replaces the model's own.
