@@ -33,6 +33,7 @@ from tpdist.control.channel import (
 from tpdist.control.codec import Codec, MalformedFrameError, OtherClusterError, OtherVersionError
 from tpdist.control.messages import (
     MAX_MESSAGE_BYTES,
+    PROTOCOL_VERSION,
     Abort,
     ClusterState,
     Generate,
@@ -90,6 +91,7 @@ def stranger(address: str, kind: int = zmq.DEALER) -> Iterator[zmq.Socket[bytes]
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     made = context.socket(kind)
     made.linger = 0
+    made.rcvtimeo = int(DEADLINE_S * 1000)
     made.connect(address)
     try:
         yield made
@@ -109,7 +111,7 @@ def body_of(kind: str, **fields: Any) -> dict[str, Any]:
 
 
 GENERATE = Generate(request_id="r", prompt_token_ids=(1, 2), sampling=SamplingParams(max_tokens=3))
-ENVELOPE = bytes([0x94, 1]) + msgspec.msgpack.encode("") + msgspec.msgpack.encode(0)
+ENVELOPE = bytes([0x94, PROTOCOL_VERSION]) + msgspec.msgpack.encode("") + msgspec.msgpack.encode(0)
 MALFORMED = {
     "empty": b"",
     "one byte": b"\xc1",
@@ -117,20 +119,20 @@ MALFORMED = {
     "pickle": b"\x80\x04\x95\x10\x00\x00\x00\x00\x00\x00\x00\x8c\x02os\x94\x8c\x06system\x94\x93\x94.",
     "no array": msgspec.msgpack.encode({"version": 1}),
     "empty array": frame_of(),
-    "version alone": frame_of(1),
-    "too many parts": frame_of(1, "", 0, body_of("Abort", request_id="x"), 4),
+    "version alone": frame_of(PROTOCOL_VERSION),
+    "too many parts": frame_of(PROTOCOL_VERSION, "", 0, body_of("Abort", request_id="x"), 4),
     "version is text": frame_of("1", "", 0, body_of("Abort", request_id="x")),
-    "version is a float": frame_of(1.0, "", 0, body_of("Abort", request_id="x")),
-    "no tag": frame_of(1, "", 0, {"request_id": "x"}),
-    "unknown tag": frame_of(1, "", 0, body_of("Eval", code="1")),
-    "unknown field": frame_of(1, "", 0, body_of("Abort", request_id="x", force=True)),
-    "missing field": frame_of(1, "", 0, body_of("Abort")),
-    "wrong type": frame_of(1, "", 0, body_of("Abort", request_id=7)),
-    "no body": frame_of(1, "", 0, None),
-    "cluster is no text": frame_of(1, 5, 0, body_of("Abort", request_id="x")),
-    "epoch is no number": frame_of(1, "", "0", body_of("Abort", request_id="x")),
+    "version is a float": frame_of(float(PROTOCOL_VERSION), "", 0, body_of("Abort", request_id="x")),
+    "no tag": frame_of(PROTOCOL_VERSION, "", 0, {"request_id": "x"}),
+    "unknown tag": frame_of(PROTOCOL_VERSION, "", 0, body_of("Eval", code="1")),
+    "unknown field": frame_of(PROTOCOL_VERSION, "", 0, body_of("Abort", request_id="x", force=True)),
+    "missing field": frame_of(PROTOCOL_VERSION, "", 0, body_of("Abort")),
+    "wrong type": frame_of(PROTOCOL_VERSION, "", 0, body_of("Abort", request_id=7)),
+    "no body": frame_of(PROTOCOL_VERSION, "", 0, None),
+    "cluster is no text": frame_of(PROTOCOL_VERSION, 5, 0, body_of("Abort", request_id="x")),
+    "epoch is no number": frame_of(PROTOCOL_VERSION, "", "0", body_of("Abort", request_id="x")),
     "value out of range": frame_of(
-        1, "", 0, body_of("Generate", request_id="r", prompt_token_ids=[1], sampling={"top_p": 7.0})
+        PROTOCOL_VERSION, "", 0, body_of("Generate", request_id="r", prompt_token_ids=[1], sampling={"top_p": 7.0})
     ),
     "not UTF-8 in the cluster": bytes([0x94, 1, 0xA1, 0xFF, 0]) + msgspec.msgpack.encode(GOOD),
     "not UTF-8 in the body": Codec().encode(GOOD).replace(b"good", b"\xff\xfe\xfd\xfc"),
@@ -145,7 +147,7 @@ MALFORMED = {
         b"ids\x00", b"ids\xdd\xff\xff\xff\xff"
     ),
     "map longer than the frame": ENVELOPE + b"\xdf\xff\xff\xff\xff",
-    "text longer than the frame": bytes([0x94, 1]) + b"\xdb\xff\xff\xff\xff",
+    "text longer than the frame": bytes([0x94, PROTOCOL_VERSION]) + b"\xdb\xff\xff\xff\xff",
     "parts without end": b"\xdd\xff\xff\xff\xff\x01",
     "bytes after the end": Codec().encode(GOOD) + b"\x00",
     "cut short": Codec().encode(GOOD)[:-1],
@@ -282,7 +284,12 @@ def test_complaints_are_logged_once_a_second(caplog: pytest.LogCaptureFixture) -
 
 @pytest.mark.parametrize(
     "frame",
-    [frame_of(2, "", 0, {"type": "New"}), frame_of(0), frame_of(7, "a", "b", "c", "d", "e"), frame_of(10**18, None)],
+    [
+        frame_of(PROTOCOL_VERSION + 1, "", 0, {"type": "New"}),
+        frame_of(0),
+        frame_of(7, "a", "b", "c", "d", "e"),
+        frame_of(10**18, None),
+    ],
 )
 def test_another_release_gets_an_answer_in_our_own_version(frame: bytes) -> None:
     async def main() -> None:
@@ -292,7 +299,7 @@ def test_another_release_gets_an_answer_in_our_own_version(frame: bytes) -> None
             assert head.num_dropped == 1
             answer = Codec().decode(await asyncio.to_thread(peer.recv))
             assert isinstance(answer.body, Wait)
-            assert "this process 1" in answer.body.reason
+            assert f"this process {PROTOCOL_VERSION}" in answer.body.reason
 
     run(main())
 
@@ -305,8 +312,10 @@ def test_a_node_ends_when_its_head_speaks_another_version() -> None:
         with dealer(f"tcp://127.0.0.1:{port}") as node:
             await node.send(GOOD)
             await asyncio.to_thread(head.poll, 5000)
-            head.send_multipart([head.recv_multipart()[0], frame_of(2, "future")])
-            with pytest.raises(JoinError, match="protocol 2, this process 1; install the same tpdist release"):
+            head.send_multipart([head.recv_multipart()[0], frame_of(PROTOCOL_VERSION + 1, "future")])
+            with pytest.raises(
+                JoinError, match=rf"protocol {PROTOCOL_VERSION + 1}, this process {PROTOCOL_VERSION}; install the same"
+            ):
                 await soon(node.receive())
         context.destroy(0)
 
