@@ -134,7 +134,7 @@ MALFORMED = {
     "value out of range": frame_of(
         PROTOCOL_VERSION, "", 0, body_of("Generate", request_id="r", prompt_token_ids=[1], sampling={"top_p": 7.0})
     ),
-    "not UTF-8 in the cluster": bytes([0x94, 1, 0xA1, 0xFF, 0]) + msgspec.msgpack.encode(GOOD),
+    "not UTF-8 in the cluster": bytes([0x94, PROTOCOL_VERSION, 0xA1, 0xFF, 0]) + msgspec.msgpack.encode(GOOD),
     "not UTF-8 in the body": Codec().encode(GOOD).replace(b"good", b"\xff\xfe\xfd\xfc"),
     "nested too deep": ENVELOPE + b"\x91" * 2_000_000,
     "only nesting": b"\x91" * 2_000_000,
