@@ -25,6 +25,7 @@ from tpdist.checkpoint.index import CheckpointIndex, check_names, model_fingerpr
 from tpdist.checkpoint.resolve import resolve_model
 from tpdist.control.agent import Joining, NodeAgent, Outcome
 from tpdist.control.channel import AsyncDealer, AsyncRouter, ClusterKeys, Codec, tcp_address
+from tpdist.control.child import output_of_module
 from tpdist.control.coordinator import HEARTBEAT_SUFFIX, Coordinator
 from tpdist.control.layout import make_layout
 from tpdist.control.messages import DrainRequest, Fingerprint, ProbeReport, RankUpdate, Register
@@ -317,25 +318,15 @@ def handled_signals(node: Node) -> Iterator[None]:
 
 async def probe_in_child() -> ProbeReport:
     """Versions, devices and memory of this machine, read by a process of its own so that this one needs no torch."""
-    child = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "tpdist.probe", "--json"),
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-    )
+    name = os.uname().nodename
     try:
-        async with asyncio.timeout(PROBE_TIMEOUT_S):
-            output, errors = await child.communicate()
+        code, output, said = await output_of_module("tpdist.probe", "--json", timeout_s=PROBE_TIMEOUT_S)
     except TimeoutError as error:
-        child.kill()
-        await child.wait()
-        name = os.uname().nodename
         raise JoinError(
             f"`tpdist probe` on {name} did not answer within {PROBE_TIMEOUT_S:g} s: is a GPU stuck? `nvidia-smi` tells"
         ) from error
-    if child.returncode != 0:
-        said = errors.decode(errors="replace").strip()
-        raise JoinError(f"`tpdist probe` on {os.uname().nodename} ended with {child.returncode}: {said}")
+    if code != 0:
+        raise JoinError(f"`tpdist probe` on {name} ended with {code}: {said}")
     return msgspec.json.decode(output, type=ProbeReport)
 
 

@@ -5,9 +5,7 @@ keys and values. Memory gives no more bytes per second than a plain read, so the
 a decode is (the roofline of Williams et al., https://doi.org/10.1145/1498765.1498785, at its memory-bound end).
 """
 
-import asyncio
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, median
@@ -15,6 +13,7 @@ from typing import Any
 
 from tpdist.bench.load import Record
 from tpdist.bench.report import answered, decode_s, speeds
+from tpdist.control.child import output_of_module
 from tpdist.errors import TpdistError
 from tpdist.plan.memory import DTYPE_BYTES
 from tpdist.plan.model_config import ModelConfig
@@ -101,22 +100,11 @@ class MemoryClock:
 async def measure_read(*, device: str, threads: int) -> float:
     """Bytes per second of a plain read of this machine's memory, or of one GPU's; by a child, so that this process
     needs no torch. Raises TpdistError."""
-    child = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "tpdist.bench.read_rate", "--device", device, "--threads", str(threads)),
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-    )
+    words = ("tpdist.bench.read_rate", "--device", device, "--threads", str(threads))
     try:
-        async with asyncio.timeout(READ_TIMEOUT_S):
-            output, errors = await child.communicate()
+        code, output, said = await output_of_module(*words, timeout_s=READ_TIMEOUT_S)
     except TimeoutError as error:
         raise TpdistError(f"a plain read of 2 GiB took more than {READ_TIMEOUT_S:g} s") from error
-    finally:
-        if child.returncode is None:
-            child.kill()
-            await child.wait()
-    if child.returncode != 0:
-        said = errors.decode(errors="replace").strip()
-        raise TpdistError(f"the plain read of memory ended with {child.returncode}: {said}")
+    if code != 0:
+        raise TpdistError(f"the plain read of memory ended with {code}: {said}")
     return float(json.loads(output)["bytes_per_s"])

@@ -84,3 +84,23 @@ async def _open_reader(pipe: IO[bytes]) -> asyncio.StreamReader:
     reader = asyncio.StreamReader()
     await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), pipe)
     return reader
+
+
+async def output_of_module(*words: str, timeout_s: float) -> tuple[int, bytes, str]:
+    """Run `python -m WORDS` to its end: its exit code, its output, and what it said on stderr. Nothing of it is left
+    after an error. Raises TimeoutError."""
+    child = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", *words),
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    try:
+        async with asyncio.timeout(timeout_s):
+            output, errors = await child.communicate()
+    finally:
+        if child.returncode is None:
+            child.kill()
+            await child.wait()
+    assert child.returncode is not None
+    return child.returncode, output, errors.decode(errors="replace").strip()
