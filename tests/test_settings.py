@@ -7,7 +7,7 @@ from pydantic import ValidationError
 
 from tpdist.errors import SettingsError
 from tpdist.settings import OPTIONS, SHARED, HostPort, Role, Settings, Torchrun
-from tpdist.settings_options import parse_bytes
+from tpdist.settings_values import parse_bytes
 
 MN = "MISTRALRS_MN_"
 HEAD = {MN + "GLOBAL_WORLD_SIZE": "4", MN + "HEAD_NUM_WORKERS": "1", MN + "HEAD_PORT": "7100"}

@@ -22,7 +22,7 @@ def place_of(settings: Settings) -> Place:
     if settings.torchrun is not None:
         return _under_torchrun(settings)
     local_world_size = settings.local_world_size
-    if settings.no_nccl:
+    if settings.one_process:
         local_world_size = 1
     elif settings.role is Role.SINGLE:
         local_world_size = settings.world_size

@@ -15,9 +15,10 @@ from pydantic import ValidationError, field_validator
 from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource
 
 from tpdist.errors import SettingsError
-from tpdist.settings_cluster import ClusterSettings
-from tpdist.settings_options import nearest, option, options_of, parse_bytes
+from tpdist.settings_options import nearest, option, options_of
+from tpdist.settings_placement import PlacementSettings
 from tpdist.settings_roles import AGENT_VARIABLE, MAX_PORT, HostPort, Role, Torchrun
+from tpdist.settings_values import parse_bytes
 
 __all__ = ["AGENT_VARIABLE", "OPTIONS", "SHARED", "HostPort", "Role", "Settings", "Torchrun"]
 
@@ -25,6 +26,9 @@ __all__ = ["AGENT_VARIABLE", "OPTIONS", "SHARED", "HostPort", "Role", "Settings"
 SHARED = (
     "tensor_parallel_size",
     "pipeline_parallel_size",
+    "pipeline_layers",
+    "tensor_shares",
+    "optimize",
     "device",
     "dtype",
     "max_model_len",
@@ -36,11 +40,15 @@ SHARED = (
     "seed",
     "enable_prefix_caching",
     "enforce_eager",
+    "max_seq_len",
+    "max_batch_size",
+    "max_image_length",
+    "max_num_images",
 )
 FILES = ("api_key_file", "ssl_certfile", "ssl_keyfile")
 
 
-class Settings(ClusterSettings):
+class Settings(PlacementSettings):
     """Every option with its value on this node. Make one with `load`; it is frozen.
 
     `unknown_variables` holds TPDIST_ variables that no option reads, each with the nearest name that one does.

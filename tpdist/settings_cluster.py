@@ -21,7 +21,9 @@ MULTI_NODE = ("global_world_size", "local_world_size", *HEAD, *WORKER)
 class ClusterSettings(BaseSettings):
     """The options that say which nodes and ranks there are, and the role of this node."""
 
-    model_config = SettingsConfigDict(frozen=True, extra="forbid", env_prefix="TPDIST_", populate_by_name=True)
+    model_config = SettingsConfigDict(
+        frozen=True, extra="forbid", env_prefix="TPDIST_", populate_by_name=True, enable_decoding=False
+    )
 
     global_world_size: int | None = option(
         None,
@@ -74,7 +76,7 @@ class ClusterSettings(BaseSettings):
     )
     no_nccl: bool = option(
         False,
-        "No tensor parallelism: one process; this release uses one device of it.",
+        "No tensor parallelism: place the layers over the devices of one process.",
         section="cluster",
         metavar="",
         variables="MISTRALRS_NO_NCCL",
@@ -88,7 +90,7 @@ class ClusterSettings(BaseSettings):
     )
     pipeline_parallel_size: int | None = option(
         None,
-        "Pipeline stages; this release runs one.",
+        "Pipeline stages; default: 1, or the fewest that the model's heads can be shared in.",
         section="cluster",
         metavar="N",
         variables="MISTRALRS_PIPELINE_PARALLEL",
@@ -162,7 +164,7 @@ class ClusterSettings(BaseSettings):
             )
             return
         yield from self._role_contradictions()
-        yield from self._device_mapping_contradictions()
+        yield from self._one_process_contradictions()
         yield from self._size_contradictions()
 
     def _role_contradictions(self) -> Iterator[str]:
@@ -184,19 +186,24 @@ class ClusterSettings(BaseSettings):
         if missing:
             yield f"{', '.join(given)} makes this node {role}, which also needs {_variables(missing)}"
 
-    def _device_mapping_contradictions(self) -> Iterator[str]:
-        if not self.no_nccl:
+    @property
+    def one_process(self) -> str:
+        """What asks for all layers in one process, as its user wrote it; empty if nothing does."""
+        return "MISTRALRS_NO_NCCL=1" if self.no_nccl else ""
+
+    def _one_process_contradictions(self) -> Iterator[str]:
+        if not self.one_process:
             return
         multi_node = self._set_among(("global_world_size", *HEAD, *WORKER))
         ranks = self.world_size or self.pipeline_parallel_size or 1
         if multi_node:
             yield (
-                f"MISTRALRS_NO_NCCL=1 places the layers over the devices of one process, which contradicts "
+                f"{self.one_process} places the layers over the devices of one process, which contradicts "
                 f"{', '.join(multi_node)}; unset one side"
             )
         elif ranks > 1:
             sizes = self._set_among(("local_world_size", "tensor_parallel_size", "pipeline_parallel_size"))
-            yield f"MISTRALRS_NO_NCCL=1 means one rank, but {', '.join(sizes) or 'torchrun'} asks for {ranks}"
+            yield f"{self.one_process} means one rank, but {', '.join(sizes) or 'torchrun'} asks for {ranks}"
 
     def _size_contradictions(self) -> Iterator[str]:
         total, local, workers = self.global_world_size, self.local_world_size, self.head_num_workers

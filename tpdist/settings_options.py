@@ -1,9 +1,8 @@
-"""What an option is: one declared field with its variables, flag, section and help, and how its values are written.
+"""What an option is: one declared field with its variables, flag, section and help.
 
 Knows nothing of which options exist; settings_cluster.py and settings.py declare them, cli/ turns them into flags.
 """
 
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -12,21 +11,8 @@ from typing import Any, Literal, get_args
 from pydantic import AliasChoices, Field
 from pydantic.fields import FieldInfo
 
-Section = Literal["cluster", "model", "engine", "http", "deadlines", "general"]
+Section = Literal["cluster", "model", "engine", "placement", "http", "deadlines", "general"]
 SECTIONS: tuple[str, ...] = get_args(Section)
-
-BYTE_UNITS = {
-    "": 1,
-    "b": 1,
-    "kb": 10**3,
-    "mb": 10**6,
-    "gb": 10**9,
-    "tb": 10**12,
-    "kib": 2**10,
-    "mib": 2**20,
-    "gib": 2**30,
-    "tib": 2**40,
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +24,7 @@ class Option:
     section: str
     metavar: str
     default: object
+    short: str
     is_switch: bool
     description: str
 
@@ -56,11 +43,18 @@ class Option:
 
 
 def option(
-    default: Any, description: str, *, section: Section, metavar: str, variables: str = "", **limits: Any
+    default: Any,
+    description: str,
+    *,
+    section: Section,
+    metavar: str,
+    variables: str = "",
+    short: str = "",
+    **limits: Any,
 ) -> Any:
     """Declare a field of the settings model. `variables` are its environment variables, separated by spaces; without
-    them it is TPDIST_<NAME>. `limits` are pydantic's (ge, le, gt, lt)."""
-    extra: dict[str, Any] = {"section": section, "metavar": metavar}
+    them it is TPDIST_<NAME>. `short`: a flag of one letter. `limits` are pydantic's (ge, le, gt, lt)."""
+    extra: dict[str, Any] = {"section": section, "metavar": metavar, "short": short}
     alias = AliasChoices(*variables.split()) if variables else None
     return Field(default, description=description, validation_alias=alias, json_schema_extra=extra, **limits)
 
@@ -80,19 +74,10 @@ def _describe(name: str, field: FieldInfo) -> Option:
         section=str(extra["section"]),
         metavar=str(extra["metavar"]),
         default=field.default,
+        short=str(extra["short"]),
         is_switch=field.annotation is bool,
         description=field.description or "",
     )
-
-
-def parse_bytes(value: object) -> object:
-    """Turn "4GiB", "500 MB" or "1.5e9" into a number of bytes; leave what is not text alone. Raises ValueError."""
-    if not isinstance(value, str):
-        return value
-    parts = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*([a-z]*)\s*", value.lower())
-    if parts is None or parts[2] not in BYTE_UNITS:
-        raise ValueError("must be a number of bytes, or a number with KiB, MiB, GiB, TiB, KB, MB, GB or TB")
-    return int(float(parts[1]) * BYTE_UNITS[parts[2]])
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

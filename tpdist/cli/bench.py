@@ -135,7 +135,7 @@ EXAMPLES = (
     help="Draw latency against load into this SVG.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-@settings_options("cluster", "model", "engine", "deadlines")
+@settings_options("cluster", "model", "engine", "placement", "deadlines")
 def bench(
     model: str | None,
     url: str | None,

@@ -39,7 +39,7 @@ EXAMPLES = (
 @click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; may be given several times.")
 @click.option("--ignore-eos", is_flag=True, help="Go on after the end-of-sequence token.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the text.")
-@settings_options("cluster", "model", "engine", "deadlines")
+@settings_options("cluster", "model", "engine", "placement", "deadlines")
 def generate(model: str, prompt: str, as_json: bool, settings: Settings, **sampling: object) -> int:
     """Print one answer, without a server.
 

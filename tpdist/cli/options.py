@@ -19,6 +19,7 @@ HEADINGS = {
     "cluster": "Cluster",
     "model": "Model",
     "engine": "Engine",
+    "placement": "Placement",
     "http": "HTTP",
     "deadlines": "Deadlines and budgets, in seconds",
     "general": "Options",
@@ -33,7 +34,7 @@ class SettingsOption(click.Option):
     def __init__(self, param_decls: Sequence[str], *, setting: Option) -> None:
         flag = f"{setting.flag}/{setting.off_flag}" if setting.off_flag else setting.flag
         super().__init__(
-            [*param_decls, flag, setting.name],
+            [*param_decls, *filter(None, [setting.short]), flag, setting.name],
             is_flag=setting.is_switch,
             default=None,
             type=None if setting.is_switch else str,

@@ -30,7 +30,7 @@ EXAMPLES = (
 
 @command(examples=EXAMPLES)
 @click.argument("model")
-@settings_options("cluster", "model", "engine", "http", "deadlines")
+@settings_options("cluster", "model", "engine", "placement", "http", "deadlines")
 def serve(model: str, settings: Settings) -> int:
     """Start this node: head, worker, single node or torchrun rank, told by the environment.
 
