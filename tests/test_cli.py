@@ -16,7 +16,7 @@ from tpdist.errors import CheckpointError, InterruptedByUser, JoinError, LostErr
 from tpdist.settings import OPTIONS, Settings
 
 OURS = ("keygen", "probe", "status")
-SECTIONS = ("cluster", "model", "engine", "placement", "http", "deadlines")
+SECTIONS = ("cluster", "placement", "model", "engine", "http", "deadlines")
 
 
 @command(examples=("tpdist trial ./model",))

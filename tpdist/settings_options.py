@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 from pydantic import AliasChoices, Field
 from pydantic.fields import FieldInfo
 
-Section = Literal["cluster", "model", "engine", "placement", "http", "deadlines", "general"]
+Section = Literal["cluster", "placement", "model", "engine", "http", "deadlines", "general"]
 SECTIONS: tuple[str, ...] = get_args(Section)
 
 

@@ -17,9 +17,9 @@ from tpdist.settings_options import Option
 
 HEADINGS = {
     "cluster": "Cluster",
+    "placement": "Placement",
     "model": "Model",
     "engine": "Engine",
-    "placement": "Placement",
     "http": "HTTP",
     "deadlines": "Deadlines and budgets, in seconds",
     "general": "Options",
