@@ -16,6 +16,7 @@ from tpdist.control.messages import (
     ProbeReport,
     RankUpdate,
     Register,
+    StageAssign,
 )
 from tpdist.control.state import Key, Layout, NodeFacts, Rules, State, name_of
 
@@ -93,8 +94,7 @@ def assigns_of(sizes: Sequence[int]) -> tuple[Assign, ...]:
             local_world_size=size,
             world_size=sum(sizes),
             tp_size=sum(sizes),
-            pp_size=1,
-            shares=(1,) * sum(sizes),
+            stages=(StageAssign(start=0, stop=3, shares=(1,) * sum(sizes)),),
             backend="gloo",
             threads=1,
             interface=None,

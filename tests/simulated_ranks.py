@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from tpdist.control.messages import Generate, SequenceStart, SlotWork, StepPlan, TokenLogprobs, TokenOutput
-from tpdist.engine.scheduler import Scheduler, StepResult
+from tpdist.control.messages import Generate, SequenceStart, SlotWork, StepPlan, StepResult, TokenLogprobs, TokenOutput
+from tpdist.engine.scheduler import Scheduler
 from tpdist.sampling_params import SamplingParams
 
 VOCAB_SIZE = 50

@@ -185,6 +185,7 @@ def test_help_shows_every_option_with_its_variable_and_default(capsys: pytest.Ca
     assert [line for line in text.splitlines() if line and line[0] != " "][1:] == [
         "Options:",
         "Cluster:",
+        "Placement:",
         "Model:",
         "Engine:",
         "HTTP:",

@@ -8,11 +8,11 @@ import torch
 from decode_steps import random_decoder
 from torch import Tensor
 
-from tpdist.control.messages import Generate, SequenceStart, SlotBlocks, SlotWork, StepPlan, TokenOutput
+from tpdist.control.messages import Generate, SequenceStart, SlotBlocks, SlotWork, StepPlan, StepResult, TokenOutput
 from tpdist.engine.engine import Engine, LocalExecutor
 from tpdist.engine.kv_cache import allocate
 from tpdist.engine.runner import PlanGapError, Runner
-from tpdist.engine.scheduler import Scheduler, StepResult
+from tpdist.engine.scheduler import Scheduler
 from tpdist.layers.attention import AttentionContext, gather_attention
 from tpdist.parallel.group import RankGroup, SingleGroup
 from tpdist.sampling_params import SamplingParams

@@ -30,7 +30,7 @@ ROOMS = (
     ("layers",),
     ("checkpoint",),
     ("models",),
-    ("bigmodel",),
+    ("bigmodel", "multi_gpu"),
     ("engine",),
     ("preflight", "probe"),
     ("meeting",),

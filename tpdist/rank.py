@@ -11,6 +11,8 @@ It imports neither transformers nor fastapi, and knows nothing of processes: wor
 import logging
 import os
 import time
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -18,7 +20,7 @@ import torch
 
 from tpdist.checkpoint.index import CheckpointIndex
 from tpdist.checkpoint.load import load_weights
-from tpdist.control.channel import ClusterKeys, Codec, Dealer, wait_any
+from tpdist.control.channel import ClusterKeys, Codec, Dealer, Router, wait_any
 from tpdist.control.coordinator import ENGINE_IDENTITY
 from tpdist.control.messages import (
     Abort,
@@ -31,8 +33,9 @@ from tpdist.control.messages import (
     RequestFailed,
     StepOutputs,
     StepPlan,
+    StepResult,
 )
-from tpdist.engine.engine import Engine, LocalExecutor
+from tpdist.engine.engine import Engine, LocalExecutor, PipelineExecutor
 from tpdist.engine.kv_cache import allocate, bytes_per_token, num_blocks_that_fit
 from tpdist.engine.runner import Runner
 from tpdist.engine.scheduler import Scheduler
@@ -40,9 +43,10 @@ from tpdist.errors import RequestError
 from tpdist.meeting import MakeStore, expect, meet, plan_identity
 from tpdist.models import registry
 from tpdist.models.decoder import Decoder
-from tpdist.parallel.group import RankGroup
+from tpdist.parallel.pipeline import Alone, Pipe, ProcessPipe
 from tpdist.parallel.store import agree_minimum, wait_for_all
-from tpdist.plan.shards import Partition, Weights
+from tpdist.plan.shards import Interval, Partition, Weights
+from tpdist.plan.stages import Stage, stage_weights
 from tpdist.preflight import cgroup
 
 logger = logging.getLogger(__name__)
@@ -74,13 +78,18 @@ class Rank:
         torch.set_num_threads(self._assign.threads)
         self._report(phase="connect")
         self._peers = meet(self._link, self._start, keys=self._keys, make_store=self._make_store, device=self._device)
-        group = self._peers.group
-        partition = Partition(self._assign.shares)
         config = registry.load_config(Path(self._start.model))
+        mine = self._assign.stages[self._start.rank // self._assign.tp_size]
+        partition = Partition(mine.shares)
         model = Decoder(
-            config, partition=partition, group=group, dtype=_dtype(self._settings["dtype"]), device=self._device
+            config,
+            partition=partition,
+            group=self._peers.group,
+            dtype=_dtype(self._settings["dtype"]),
+            device=self._device,
+            stage=Stage(Interval(mine.start, mine.stop), config.num_hidden_layers),
         )
-        self._load(model, registry.weights(config), partition, group)
+        self._load(model, stage_weights(registry.weights(config), model.stage), partition)
         runner, num_blocks = self._warm_up(model)
         if self._start.rank == 0:
             engine = self._make_engine(runner, num_blocks=num_blocks, vocab_size=config.vocab_size)
@@ -93,7 +102,7 @@ class Rank:
 
     # -- phases -------------------------------------------------------------------------------------------------------
 
-    def _load(self, model: Decoder, weights: Weights, partition: Partition, group: RankGroup) -> None:
+    def _load(self, model: Decoder, weights: Weights, partition: Partition) -> None:
         self._report(phase="load")
         held = sum(parameter.nbytes for parameter in model.parameters())
         started = time.monotonic()
@@ -102,7 +111,7 @@ class Rank:
             index=CheckpointIndex.read(Path(self._start.model)),
             weights=weights,
             partition=partition,
-            rank=group.rank,
+            rank=self._peers.group.rank,
             threads=max(2, self._assign.threads),
             progress=self._report_load,
         )
@@ -129,20 +138,43 @@ class Rank:
             )
         block_size = settings["block_size"]
         cache = allocate(shapes, num_blocks=num_blocks, block_size=block_size, dtype=dtype, device=self._device)
+        pipe = self._open_pipe(model)
         runner = Runner(
             model,
             group=group,
+            pipe=pipe,
             cache=cache,
             max_num_seqs=settings["max_num_seqs"],
             max_model_len=assign.max_model_len,
             epoch=assign.epoch,
             device=self._device,
-            use_graphs=self._device.type == "cuda" and group.capturable and not settings["enforce_eager"],
+            use_graphs=self._uses_graphs(),
         )
         runner.warm_up(WARM_UP_TOKENS)
         if store is not None:
             wait_for_all(store, key="warm", rank=rank, world_size=world_size, timeout_s=timeout_s)
         return runner, num_blocks
+
+    def _uses_graphs(self) -> bool:
+        """A graph's inputs are token ids, so that it holds a whole model only."""
+        whole_model = len(self._assign.stages) == 1
+        capturable = self._device.type == "cuda" and self._peers.group.capturable
+        return capturable and whole_model and not self._settings["enforce_eager"]
+
+    def _open_pipe(self, model: Decoder) -> Pipe:
+        num_stages = len(self._assign.stages)
+        if num_stages == 1:
+            return Alone()
+        return ProcessPipe(
+            rank=self._start.rank,
+            world_size=self._assign.world_size,
+            group=self._peers.group,
+            hidden_size=model.hidden_size,
+            dtype=_dtype(self._settings["dtype"]),
+            device=self._device,
+            max_in_flight=num_stages,
+            timeout_s=self._assign.hang_timeout_s,
+        )
 
     def _cache_budget(self) -> int:
         """Bytes for this rank's KV cache: as set, else from what is free now that the weights are in place."""
@@ -170,10 +202,16 @@ class Rank:
             epoch=assign.epoch,
             seed=settings["seed"],
             enable_prefix_caching=settings["enable_prefix_caching"],
+            num_stages=len(assign.stages),
         )
+        if plans is None:
+            return Engine(scheduler, LocalExecutor(runner))
         others = [plan_identity(rank) for rank in range(1, assign.world_size)]
-        send = None if plans is None else lambda plan: plans.send(others, plan)
-        return Engine(scheduler, LocalExecutor(runner, send=send))
+        send = partial(plans.send, others)
+        if len(assign.stages) == 1:
+            return Engine(scheduler, LocalExecutor(runner, send=send))
+        receive = partial(_next_result, plans)
+        return Engine(scheduler, PipelineExecutor(runner, num_stages=len(assign.stages), send=send, receive=receive))
 
     def _open_requests(self) -> Dealer:
         """The socket to the head's agent, tried out: a request that comes before it is connected would be lost."""
@@ -185,11 +223,12 @@ class Rank:
 
     def _run_engine(self, engine: Engine, requests: Dealer, runner: Runner) -> None:
         told = engine.stats()
-        while not self._told_to_stop([self._link, requests], block=not engine.has_work):
+        links = [self._link, requests, *([self._peers.plans] if self._peers.plans else [])]
+        while not self._told_to_stop(links, block=engine.idle):
             while (envelope := requests.receive()) is not None:
                 _take_request(engine, requests, envelope)
             outputs = engine.step()
-            if outputs is None and engine.stats() != told:
+            if outputs is None and engine.num_in_flight == 0 and engine.stats() != told:
                 # An abort freed blocks, and there is no step whose outputs would say so.
                 outputs = StepOutputs(step=runner.step, outputs=(), stats=engine.stats())
             if outputs is not None:
@@ -203,10 +242,12 @@ class Rank:
         while not self._told_to_stop([self._link, plan_link], block=True):
             while (envelope := plan_link.receive()) is not None:
                 assert isinstance(envelope.body, StepPlan)
-                runner.execute(envelope.body)
+                result = runner.execute(envelope.body)
+                if result is not None:
+                    plan_link.send(result)
             self._report_step(runner.step)
 
-    def _told_to_stop(self, links: list[Dealer], *, block: bool) -> bool:
+    def _told_to_stop(self, links: Sequence[Dealer | Router], *, block: bool) -> bool:
         """Wait for a message if there is nothing to do, and look for the agent's RankStop."""
         if block:
             until_report_s = max(0.0, self._next_report - time.monotonic())
@@ -233,6 +274,16 @@ class Rank:
             self._unreported = False
             self._next_report = now + STEP_REPORT_INTERVAL_S
             self._report(step=step)
+
+
+def _next_result(plans: Router) -> StepResult | None:
+    """What the last stage has sampled, if a result has come. Every peer holds the cluster's key, but for other messages
+    than results there is no reason."""
+    while (envelope := plans.receive()) is not None:
+        if isinstance(envelope.body, StepResult):
+            return envelope.body
+        logger.warning("unexpected %s from a rank", type(envelope.body).__name__)
+    return None
 
 
 def _take_request(engine: Engine, requests: Dealer, envelope: Envelope) -> None:

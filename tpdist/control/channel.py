@@ -10,7 +10,7 @@ import hashlib
 import logging
 import socket
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -288,7 +288,7 @@ class AsyncDealer:
 
 
 class Router:
-    """Blocking: rank 0's socket for step plans, one ordered stream to each other rank.
+    """Blocking: rank 0's socket for step plans, one ordered stream to each other rank, and for what they answer.
 
     Listens on a port of `host` for ranks on other nodes, and on `ipc_address` for those on its own.
     """
@@ -324,9 +324,22 @@ class Router:
             except zmq.ZMQError as error:
                 raise PeerGoneError(f"{identity.decode()} is not connected to rank 0 any more: {error}") from error
 
+    def receive(self) -> Envelope | None:
+        """The next message of a peer if one has arrived; what is none of ours is counted and dropped."""
+        while True:
+            try:
+                identity, *frames = self._socket.recv_multipart(zmq.DONTWAIT)
+            except zmq.Again:
+                return None
+            if (envelope := self._decode(identity, frames)) is not None:
+                return envelope
+
     def _greeting(self) -> bytes | None:
         """Who sent the message that has arrived, if it is one of ours."""
         identity, *frames = self._socket.recv_multipart()
+        return None if self._decode(identity, frames) is None else bytes(identity)
+
+    def _decode(self, identity: bytes, frames: list[bytes]) -> Envelope | None:
         try:
             envelope = self._codec.decode(_only(frames))
             if envelope.epoch != self._codec.epoch:
@@ -334,7 +347,7 @@ class Router:
         except (OtherVersionError, OtherClusterError, MalformedFrameError) as error:
             self._complaints.add(identity.hex(), error)
             return None
-        return bytes(identity)
+        return envelope
 
     def close(self) -> None:
         _close(self._socket, self._context, self._authenticator)
@@ -361,11 +374,11 @@ class Dealer:
         return self.codec.decode(_only(frames))
 
 
-def wait_any(dealers: list[Dealer], *, timeout_s: float | None) -> bool:
-    """Block until one of `dealers` has a message; False after `timeout_s`."""
+def wait_any(links: Sequence[Dealer | Router], *, timeout_s: float | None) -> bool:
+    """Block until one of `links` has a message; False after `timeout_s`."""
     poller = zmq.Poller()
-    for dealer in dealers:
-        poller.register(dealer._socket, zmq.POLLIN)
+    for link in links:
+        poller.register(link._socket, zmq.POLLIN)
     return bool(poller.poll(None if timeout_s is None else int(timeout_s * 1000)))
 
 

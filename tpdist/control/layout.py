@@ -8,13 +8,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tpdist.control.messages import Assign
+from tpdist.control.messages import Assign, StageAssign
 from tpdist.control.route import LOOPBACK, is_link_local, is_loopback, without_zone
 from tpdist.control.state import Layout, NodeFacts
 from tpdist.errors import JoinError, PlanError
 from tpdist.plan.memory import DTYPE_BYTES, kv_bytes_per_token, weight_bytes
 from tpdist.plan.model_config import ModelConfig
 from tpdist.plan.shards import Axis, Blocks, Partition, Rows, Weights, check_shardable, key_value_heads, query_heads
+from tpdist.plan.stages import stages_of
 from tpdist.plan.topology import Topology, local_world_sizes
 
 ANY = "::"
@@ -43,6 +44,10 @@ def make_layout(
     tp_size, pp_size = parallel_sizes(sum(sizes), settings)
     partition = Partition.even(tp_size)
     check_shardable(config, partition)
+    counts = settings.get("pipeline_layers") or tuple(
+        config.num_hidden_layers // pp_size + (i < config.num_hidden_layers % pp_size) for i in range(pp_size)
+    )
+    stages = tuple(StageAssign(start=s.layers.start, stop=s.layers.stop, shares=partition.shares) for s in stages_of(counts, config.num_hidden_layers))
     head = _head_address(nodes, local_interface)
     threads = _threads(nodes, sizes)
     backend = _backend(nodes, sizes, device)
@@ -56,8 +61,7 @@ def make_layout(
             local_world_size=sizes[index],
             world_size=sum(sizes),
             tp_size=tp_size,
-            pp_size=pp_size,
-            shares=partition.shares,
+            stages=stages,
             backend=backend,
             threads=threads[index],
             interface=head.interface_for(node),
@@ -90,8 +94,6 @@ def parallel_sizes(world_size: int, settings: Mapping[str, Any]) -> tuple[int, i
     """(tensor-parallel size, stages) for this many ranks."""
     pp_size: int = settings["pipeline_parallel_size"] or 1
     tp_size: int = settings["tensor_parallel_size"] or world_size // pp_size
-    if pp_size > 1:
-        raise PlanError(f"{pp_size} pipeline stages were asked for, but this release runs one stage; unset it")
     if tp_size * pp_size != world_size:
         raise JoinError(
             f"tensor_parallel_size={tp_size} times {pp_size} stages needs {tp_size * pp_size} ranks, "

@@ -14,7 +14,7 @@ Who sends what:
     head  -> rank 0  Generate, Abort, Heartbeat
     rank 0 -> head   Heartbeat (once, when it connects), StepOutputs, RequestFailed
     rank 0 -> ranks  StepPlan
-    ranks -> rank 0  RankHello (once, when they connect)
+    ranks -> rank 0  RankHello (once, when they connect); StepResult (the one that samples, with several stages)
 """
 
 from typing import Any
@@ -23,7 +23,7 @@ import msgspec
 
 from tpdist.sampling_params import SamplingParams
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 MAX_MESSAGE_BYTES = 32 * 1024 * 1024
 
 
@@ -101,11 +101,19 @@ class Wait(Message, frozen=True):
     reason: str
 
 
+class StageAssign(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One pipeline stage: its layers, start <= i < stop, and the weights of its tensor-parallel ranks."""
+
+    start: int
+    stop: int
+    shares: tuple[int, ...]
+
+
 class Assign(Message, frozen=True):
     """The ranks of one node in one epoch of one cluster; the node starts them at once. `head_host` is the head as this
     node reaches it, `bind_host` the address that rank 0 listens on. `interface` is the network
     interface for collectives. `settings` are the head's plan and engine settings, which hold on all nodes, with
-    nothing left "auto". `shares` are the weights of the tensor-parallel ranks."""
+    nothing left "auto". Rank r is number r % tp_size of stage r // tp_size."""
 
     cluster_id: str
     epoch: int
@@ -114,8 +122,7 @@ class Assign(Message, frozen=True):
     local_world_size: int
     world_size: int
     tp_size: int
-    pp_size: int
-    shares: tuple[int, ...]
+    stages: tuple[StageAssign, ...]
     backend: str
     threads: int
     interface: str | None
@@ -399,15 +406,31 @@ class SlotWork(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array_li
 
 
 class StepPlan(Message, frozen=True):
-    """One step, the same for every rank; only changes travel. Applied in this order: `free`, `start`, `blocks`,
-    then `work`. `step` counts from 1 without gaps in an epoch; a gap ends the epoch."""
+    """One step, the same for every rank; only changes travel. Applied in this order: `sampled`, `free`, `start`,
+    `blocks`, then `work`. `step` counts from 1 without gaps in an epoch; a gap ends the epoch.
+
+    `sampled`, with several stages: (slot, token) of the sequences that go on, sampled since the plan before. The last
+    stage knows them already.
+    """
 
     epoch: int
     step: int
+    sampled: tuple[tuple[int, int], ...] = ()
     free: tuple[int, ...] = ()
     start: tuple[SequenceStart, ...] = ()
     blocks: tuple[SlotBlocks, ...] = ()
     work: tuple[SlotWork, ...] = ()
+
+
+class StepResult(Message, frozen=True, kw_only=False):
+    """`token_ids`: (slot, token) for each SlotWork of the step that asked for a sample, in any order. By slot, where
+    asked for: the log-probabilities of its sampled token, and those of the prompt's tokens that this step predicted
+    (a chunk of n tokens from `start` predicts positions start + 1 ... start + n as far as the prompt goes)."""
+
+    step: int
+    token_ids: tuple[tuple[int, int], ...]
+    logprobs: dict[int, TokenLogprobs] = {}
+    prompt_logprobs: dict[int, tuple[TokenLogprobs, ...]] = {}
 
 
 Body = (
@@ -434,6 +457,7 @@ Body = (
     | RankStart
     | RankStop
     | StepPlan
+    | StepResult
 )
 
 

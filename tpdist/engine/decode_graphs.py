@@ -49,17 +49,18 @@ in another order, which 16 bits show as some hundredths after many layers; wrong
 
 
 class Forward(Protocol):
-    """A model up to its last hidden states."""
+    """A model, or a stage of it, up to its last hidden states."""
 
     def __call__(
         self,
-        token_ids: Tensor,
+        x: Tensor,
         *,
         positions: Tensor,
         attention: AttentionContext,
         caches: Sequence[tuple[Tensor, ...]],
     ) -> Tensor:
-        """token_ids, positions: [num_tokens]. Returns [num_tokens, hidden_size], replicated."""
+        """x: token ids [num_tokens], or on a later stage hidden states [num_tokens, hidden_size]; positions:
+        [num_tokens]. Returns [num_tokens, hidden_size], replicated."""
 
 
 class RecordingError(TpdistError):

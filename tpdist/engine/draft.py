@@ -55,14 +55,16 @@ class Draft:
             sequence.prefilling, sequence.sample_pending = False, True
             self.in_flight.sampling[slot] = sequence
 
-    def plan(self, *, epoch: int, free: list[int]) -> StepPlan | None:
-        """The finished step, or None if nothing is to run. `free`: slots given up since the plan before."""
+    def plan(self, *, epoch: int, free: list[int], sampled: list[tuple[int, int]]) -> StepPlan | None:
+        """The finished step, or None if nothing is to run. `free`: slots given up since the plan before; `sampled`:
+        tokens that the ranks do not know yet."""
         if not self._work:
             assert not self._start, "a sequence was started, but its plan is not sent"
             return None
         return StepPlan(
             epoch=epoch,
             step=self.in_flight.step,
+            sampled=tuple(sampled),
             free=tuple(free),
             start=tuple(self._start),
             blocks=tuple(self._blocks),

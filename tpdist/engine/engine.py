@@ -6,9 +6,9 @@ It knows nothing of sockets: whoever owns it feeds requests between steps and pa
 from collections.abc import Callable
 from typing import Protocol
 
-from tpdist.control.messages import EngineStats, Generate, StepOutputs, StepPlan
+from tpdist.control.messages import EngineStats, Generate, StepOutputs, StepPlan, StepResult
 from tpdist.engine.runner import Runner
-from tpdist.engine.scheduler import Scheduler, StepResult
+from tpdist.engine.scheduler import Scheduler
 
 
 class Executor(Protocol):
@@ -20,8 +20,8 @@ class Executor(Protocol):
 
     def submit(self, plan: StepPlan) -> None: ...
 
-    def collect(self) -> StepResult:
-        """The result of the oldest plan submitted and not yet collected; waits for it."""
+    def collect(self) -> StepResult | None:
+        """The result of the oldest plan submitted and not yet collected, if it is there. Does not wait."""
 
 
 class LocalExecutor:
@@ -39,24 +39,54 @@ class LocalExecutor:
         if self._send is not None:
             self._send(plan)
         self._result = self._runner.execute(plan)
+        assert self._result is not None, "this rank does not sample"
 
-    def collect(self) -> StepResult:
+    def collect(self) -> StepResult | None:
         result, self._result = self._result, None
-        assert result is not None, "no step was submitted, or this rank does not sample"
         return result
 
 
+class PipelineExecutor:
+    """Runs the first stage in this process, while the others work on earlier steps. `send` passes each plan to the other
+    ranks first; `receive` gives the next result of the last stage, if one has come."""
+
+    def __init__(
+        self,
+        runner: Runner,
+        *,
+        num_stages: int,
+        send: Callable[[StepPlan], None],
+        receive: Callable[[], StepResult | None],
+    ) -> None:
+        self.max_in_flight = num_stages
+        self._runner = runner
+        self._send = send
+        self._receive = receive
+
+    def submit(self, plan: StepPlan) -> None:
+        self._send(plan)
+        self._runner.execute(plan)
+
+    def collect(self) -> StepResult | None:
+        return self._receive()
+
+
 class Engine:
-    """Keeps up to `executor.max_in_flight` steps in flight. Not thread-safe."""
+    """Keeps up to `executor.max_in_flight` steps in flight. Not thread-safe.
+
+    `num_in_flight`: steps without a result. `idle`: the last `step` had nothing to do, and so has the next unless a
+    request or a result comes.
+    """
 
     def __init__(self, scheduler: Scheduler, executor: Executor) -> None:
         self._scheduler = scheduler
         self._executor = executor
-        self._num_in_flight = 0
+        self.num_in_flight = 0
+        self.idle = True
 
     @property
     def has_work(self) -> bool:
-        return self._scheduler.has_work or self._num_in_flight > 0
+        return self._scheduler.has_work or self.num_in_flight > 0
 
     def add(self, request: Generate) -> None:
         """Queue a request. Raises RequestError if it can never run."""
@@ -70,12 +100,19 @@ class Engine:
         return self._scheduler.stats()
 
     def step(self) -> StepOutputs | None:
-        """Submit what can run, wait for the oldest step and return what it made; None if there is nothing to do."""
-        while self._num_in_flight < self._executor.max_in_flight and (plan := self._scheduler.schedule()) is not None:
-            self._executor.submit(plan)
-            self._num_in_flight += 1
-        if self._num_in_flight == 0:
+        """Submit what can run, and return what the oldest step made if that is known; None otherwise."""
+        submitted = self._submit()
+        result = self._executor.collect() if self.num_in_flight else None
+        self.idle = not submitted and result is None
+        if result is None:
             return None
-        result = self._executor.collect()
-        self._num_in_flight -= 1
+        self.num_in_flight -= 1
         return StepOutputs(step=result.step, outputs=self._scheduler.update(result), stats=self._scheduler.stats())
+
+    def _submit(self) -> bool:
+        """Whether there was anything to submit. One step at a time: its result may be there by then."""
+        if self.num_in_flight == self._executor.max_in_flight or (plan := self._scheduler.schedule()) is None:
+            return False
+        self._executor.submit(plan)
+        self.num_in_flight += 1
+        return True

@@ -1,8 +1,8 @@
 """Runs StepPlans on one rank: plan -> tensors -> model -> sampled ids.
 
-All ranks of a tensor-parallel group run the same plans in the same order; rank 0 of the group samples and broadcasts
-the ids, so that each rank holds the last token of every slot. Log-probabilities stay on rank 0. It knows nothing of
-requests or of where plans come from.
+All ranks run the same plans in the same order. Of the last stage's ranks, the first samples and broadcasts the ids;
+other stages learn them from a later plan. So each rank holds the last token of every slot when it is needed.
+Log-probabilities stay on the rank that samples. It knows nothing of requests or of where plans come from.
 """
 
 from typing import Protocol
@@ -10,15 +10,15 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from tpdist.control.messages import SequenceStart, SlotBlocks, SlotWork, StepPlan
+from tpdist.control.messages import SequenceStart, SlotBlocks, SlotWork, StepPlan, StepResult
 from tpdist.engine.batch import PromptChunk, Samples, SlotTable
 from tpdist.engine.decode_graphs import DecodeGraphs, Forward, Recorder
 from tpdist.engine.kv_cache import KVCache
 from tpdist.engine.logprobs import ROWS_AT_ONCE, read, sample_and_score, score
-from tpdist.engine.scheduler import StepResult
 from tpdist.engine.transfer import to_device
 from tpdist.errors import LostError
 from tpdist.parallel.group import RankGroup
+from tpdist.parallel.pipeline import Alone, Pipe
 from tpdist.sampling_params import SamplingParams
 
 
@@ -36,7 +36,7 @@ class Model(Forward, Protocol):
 
 class Runner:
     """Holds the state of one rank in one epoch. `max_model_len` bounds sequences together with the size of the cache,
-    as it does in the scheduler."""
+    as it does in the scheduler. `group` is this stage's, `pipe` leads to the other stages."""
 
     def __init__(
         self,
@@ -48,11 +48,13 @@ class Runner:
         max_model_len: int,
         epoch: int,
         device: torch.device,
+        pipe: Pipe | None = None,
         use_graphs: bool = False,
         record: Recorder | None = None,
     ) -> None:
         self._model = model
         self._group = group
+        self._pipe = pipe or Alone()
         self._cache = cache
         self._epoch = epoch
         self._device = device
@@ -78,7 +80,7 @@ class Runner:
     @torch.inference_mode()
     def warm_up(self, num_tokens: int) -> None:
         """Run a prefill of up to `num_tokens` and a decode, so that the first request does not pay for lazy
-        initialisation. Every rank of the group must call it, before its first step."""
+        initialisation. Every rank of all stages must call it, before its first step."""
         assert self._step == 0, "warm_up after the first step would overwrite the cache of a request"
         for plan in _warm_up_plans(min(num_tokens, self._max_tokens - 1), block_size=self._cache.block_size):
             self._run(plan)
@@ -86,17 +88,27 @@ class Runner:
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepResult | None:
-        """Run one step. Every rank of the group must call it with the same plan. Returns the tokens on rank 0 of the
-        group, None elsewhere. Raises PlanGapError unless `plan` is the next one of this epoch."""
+        """Run one step. Every rank must call it with the same plan. Returns the tokens on the first rank of the last
+        stage, None elsewhere. Raises PlanGapError unless `plan` is the next one of this epoch."""
         self._check_order(plan)
         result = self._run(plan)
         return result if self._group.rank == 0 else None
 
-    def _run(self, plan: StepPlan) -> StepResult:
-        """Apply and run a plan. The tokens of the result are the same on every rank."""
+    def _run(self, plan: StepPlan) -> StepResult | None:
+        """Apply and run a plan. Returns its result, whose tokens are the same on every rank of the last stage; None on
+        the other stages."""
+        if not self._pipe.is_last and plan.sampled:
+            self._slots.append(*zip(*plan.sampled, strict=True))
         self._slots.apply(plan)
         self._graphs.start(plan.start)
         hidden, samples = self._forward(plan)
+        if not self._pipe.is_last:
+            self._pipe.send(hidden, step=plan.step)
+            return None
+        return self._finish(plan, hidden, samples)
+
+    def _finish(self, plan: StepPlan, hidden: Tensor, samples: Samples) -> StepResult:
+        """Score and sample what the last stage computed. hidden: [num_tokens, hidden_size]."""
         prompts = self._score_prompts(plan, hidden)
         tokens, sampled = self._sample(samples, hidden)
         self._graphs.remember(samples.slots, tokens)
@@ -118,8 +130,9 @@ class Runner:
 
     def _run_eagerly(self, plan: StepPlan) -> tuple[Tensor, Samples]:
         batch = self._slots.batch(plan, device=self._device)
+        x = batch.token_ids if self._pipe.is_first else self._pipe.receive(len(batch.token_ids), step=plan.step)
         hidden = self._model(
-            batch.token_ids, positions=batch.positions, attention=batch.attention, caches=self._cache.layers
+            x, positions=batch.positions, attention=batch.attention, caches=self._cache.layers
         )
         return hidden, batch.samples
 
@@ -148,7 +161,7 @@ class Runner:
         return parts
 
     def _sample(self, samples: Samples, hidden: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
-        """One token for each of the batch's sample slots, [num_samples] int64, the same on every rank; and on rank 0
+        """One token for each of the batch's sample slots, [num_samples] int64, the same on every rank of the stage; and on rank 0
         the scores of those that ask for them, by slot. hidden: [num_tokens, hidden_size]."""
         slots = samples.slots
         if not slots:

@@ -34,12 +34,10 @@ took its place and cannot take it back. A low priority may wait as long as highe
 import random
 from bisect import insort
 from collections import deque
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from math import inf
 from operator import attrgetter
 
-from tpdist.control.messages import EngineStats, Generate, StepPlan, TokenLogprobs, TokenOutput
+from tpdist.control.messages import EngineStats, Generate, StepPlan, StepResult, TokenOutput
 from tpdist.engine.block_manager import BlockManager
 from tpdist.engine.block_tables import BlockTables
 from tpdist.engine.draft import Draft, InFlight
@@ -58,20 +56,10 @@ _in_order = attrgetter("priority", "arrival")
 _shortest_first = attrgetter("priority", "num_unscheduled", "arrival")
 
 
-@dataclass(frozen=True)
-class StepResult:
-    """`token_ids`: (slot, token) for each SlotWork of the step that asked for a sample, in any order. By slot, where
-    asked for: the log-probabilities of its sampled token, and those of the prompt's tokens that this step predicted
-    (a chunk of n tokens from `start` predicts positions start + 1 ... start + n as far as the prompt goes)."""
-
-    step: int
-    token_ids: tuple[tuple[int, int], ...]
-    logprobs: Mapping[int, TokenLogprobs] = field(default_factory=dict)
-    prompt_logprobs: Mapping[int, tuple[TokenLogprobs, ...]] = field(default_factory=dict)
-
-
 class Scheduler:
-    """`epoch` stands on every plan; `seed` decides the seeds of requests that bring none."""
+    """`epoch` stands on every plan; `seed` decides the seeds of requests that bring none. With several stages, so many
+    steps are in flight at once: each takes its part of the decodes and of the budget, and plans bring the tokens that
+    were sampled meanwhile."""
 
     def __init__(
         self,
@@ -85,6 +73,7 @@ class Scheduler:
         epoch: int,
         seed: int = 0,
         enable_prefix_caching: bool = True,
+        num_stages: int = 1,
     ) -> None:
         assert min(max_num_seqs, max_num_batched_tokens) >= 1, "a step must be able to run one token"
         self._limits = Limits(
@@ -94,7 +83,8 @@ class Scheduler:
         self._tables = BlockTables(self._block_manager, enable_prefix_caching=enable_prefix_caching)
         self._block_size = block_size
         self._max_num_seqs = max_num_seqs
-        self._max_num_batched_tokens = max_num_batched_tokens
+        self._num_stages = num_stages
+        self._max_num_batched_tokens = -(-max_num_batched_tokens // num_stages)
         self._epoch = epoch
         self._random = random.Random(seed)
         self._step = 0
@@ -105,6 +95,7 @@ class Scheduler:
         self._running: list[Sequence] = []
         self._free_slots = list(range(max_num_seqs - 1, -1, -1))
         self._freed: list[int] = []
+        self._sampled: list[tuple[int, int]] = []
         self._in_flight: deque[InFlight] = deque()
 
     @property
@@ -156,11 +147,12 @@ class Scheduler:
         self._decode(draft)
         self._admit(draft)
         self._prefill(draft)
-        plan = draft.plan(epoch=self._epoch, free=self._freed)
+        plan = draft.plan(epoch=self._epoch, free=self._freed, sampled=self._sampled)
         if plan is not None:
             self._step = plan.step
             self._in_flight.append(draft.in_flight)
             self._freed = []
+            self._sampled = []
         return plan
 
     def update(self, result: StepResult) -> tuple[TokenOutput, ...]:
@@ -186,6 +178,8 @@ class Scheduler:
                 if output.finish_reason is not None:
                     del self._sequences[sequence.request_id]
                     self._release(sequence)
+                elif self._num_stages > 1:
+                    self._sampled.append((slot, tokens[slot]))
         return tuple(outputs)
 
     def check(self) -> None:
@@ -215,15 +209,18 @@ class Scheduler:
 
     def _decode(self, draft: Draft) -> None:
         """Rule 2. A sequence that gets no block sits this step out: those behind it have a sample in flight, and will
-        end or can be preempted later."""
+        end or can be preempted later. With several stages a step takes its part of the decodes, so that there are as
+        many for each of the others."""
+        share = -(-sum(not sequence.prefilling for sequence in self._running) // self._num_stages)
         for sequence in tuple(self._running):
             if sequence.prefilling or sequence.sample_pending or sequence.slot is None:
                 continue
-            if draft.budget == 0:
+            if draft.budget == 0 or share == 0:
                 return
             has_block = sequence.num_tokens <= len(sequence.blocks) * self._block_size
             if has_block or self._add_block(sequence, draft):
                 self._run(sequence, 1, draft)
+                share -= 1
 
     def _add_block(self, sequence: Sequence, draft: Draft) -> bool:
         """Add a block for a decode, if need be at the expense of those behind it. A victim may yield none: its blocks

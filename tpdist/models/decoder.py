@@ -8,6 +8,8 @@ and no sampling; whoever runs it loads the parameters and owns the caches.
     per layer:  x = x + o_proj(attention(rope(qkv_proj(norm(x)))))                     all-reduce
                 x = x + down_proj(act(gate) * up), gate, up = gate_up_proj(norm(x))    all-reduce
     logits = lm_head(norm(x))                                                          gather
+
+A pipeline stage has some of the layers: x comes from the stage before, and goes to the next.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,6 +29,7 @@ from tpdist.layers.rotary import Rotary, rotate
 from tpdist.parallel.group import RankGroup
 from tpdist.plan.model_config import ModelConfig
 from tpdist.plan.shards import Axis, Blocks, Interval, Partition, Rows, key_value_heads, query_heads
+from tpdist.plan.stages import Stage, whole
 
 # By config.json's hidden_act.
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -54,7 +57,7 @@ class Shard:
 
 
 class Decoder(nn.Module):
-    """One rank's part of the whole model. Parameters are uninitialized until they are loaded."""
+    """One rank's part of a stage, by default of the whole model. Parameters are uninitialized until they are loaded."""
 
     def __init__(
         self,
@@ -64,74 +67,92 @@ class Decoder(nn.Module):
         group: RankGroup,
         dtype: torch.dtype,
         device: torch.device,
+        stage: Stage | None = None,
         attend: AttentionBackend = gather_attention,
     ) -> None:
-        """Raises PlanError when the partition leaves a rank without a head, or for an unknown activation or rope."""
+        """`group`: the ranks of this stage. Raises PlanError when the partition leaves a rank without a head, or for an
+        unknown activation or rope."""
         super().__init__()
         assert partition.size == group.size, f"partition of {partition.size} ranks, group of {group.size}"
+        self.stage = stage or whole(config.num_hidden_layers)
+        self.hidden_size = config.hidden_size
         shard = Shard(partition=partition, group=group, dtype=dtype, device=device, attend=attend)
-        self.model = DecoderStack(config, shard=shard)
-        self.lm_head = LMHead(
+        self.model = DecoderStack(config, stage=self.stage, shard=shard)
+        self.lm_head = self._make_head(config, shard) if self.stage.is_last else None
+
+    def _make_head(self, config: ModelConfig, shard: Shard) -> LMHead:
+        """A tied one shares the embedding's parameter where the embedding is on this stage, and has a copy elsewhere."""
+        return LMHead(
             config.hidden_size,
-            rows=Rows(config.vocab_size).intervals(partition.shares),
-            group=group,
-            dtype=dtype,
-            device=device,
+            rows=Rows(config.vocab_size).intervals(shard.partition.shares),
+            group=shard.group,
+            dtype=shard.dtype,
+            device=shard.device,
             tied_to=self.model.embed_tokens if config.tie_word_embeddings else None,
         )
 
     def forward(
-        self, token_ids: Tensor, *, positions: Tensor, attention: AttentionContext, caches: Sequence[tuple[Tensor, ...]]
+        self, x: Tensor, *, positions: Tensor, attention: AttentionContext, caches: Sequence[tuple[Tensor, ...]]
     ) -> Tensor:
-        """Run the tokens of one step through all layers. Every rank must call it with the same step.
+        """Run the tokens of one step through the layers of this stage. Every rank of it must call it with the same step.
 
-        token_ids, positions: [num_tokens] int64. caches: per layer, one tensor [num_blocks, block_size, *shape] for
-        each of `cache_shapes`; this step's keys and values are written to them. Returns [num_tokens, hidden_size]
-        after the final norm, replicated. Raises PeerLostError.
+        x: token ids [num_tokens] int64 on the first stage, what the stage before returned on the others. positions:
+        [num_tokens] int64. caches: per layer, one tensor [num_blocks, block_size, *shape] for each of `cache_shapes`;
+        this step's keys and values are written to them. Returns [num_tokens, hidden_size], on the last stage after the
+        final norm, replicated. Raises PeerLostError.
         """
-        hidden: Tensor = self.model(token_ids, positions=positions, attention=attention, caches=caches)
+        hidden: Tensor = self.model(x, positions=positions, attention=attention, caches=caches)
         return hidden
 
     def logits(self, hidden: Tensor) -> Tensor | None:
-        """hidden: [n, hidden_size]; returns float32 [n, vocab_size] on rank 0 and None on the others. Every rank must
-        call it. Raises PeerLostError."""
+        """hidden: [n, hidden_size]; returns float32 [n, vocab_size] on rank 0 and None on the others. Every rank of the
+        last stage must call it, and none of another. Raises PeerLostError."""
+        assert self.lm_head is not None, "this stage has no output layer"
         logits: Tensor | None = self.lm_head(hidden)
         return logits
 
     def cache_shapes(self) -> tuple[tuple[tuple[int, ...], ...], ...]:
         """Per layer, the shape per token of each tensor of its cache on this rank."""
-        return tuple(layer.cache_shapes() for layer in self.model.layers if isinstance(layer, DecoderLayer))
+        return tuple(layer.cache_shapes() for layer in self.model.layers.values() if isinstance(layer, DecoderLayer))
 
 
 class DecoderStack(nn.Module):
-    """Embedding, layers and final norm: what checkpoints call `model`."""
+    """Embedding, layers and final norm, as far as this stage has them: what checkpoints call `model`. Layers keep their
+    numbers in the whole model."""
 
-    def __init__(self, config: ModelConfig, *, shard: Shard) -> None:
+    def __init__(self, config: ModelConfig, *, stage: Stage, shard: Shard) -> None:
         super().__init__()
-        self.embed_tokens = VocabParallelEmbedding(
+        self.embed_tokens = self._make_embedding(config, shard) if stage.is_first else None
+        layers = dict(enumerate(config.layers))
+        held = {index: layers[index] for index in range(*stage.layers)}
+        self.layers = nn.ModuleDict(
+            {str(index): DecoderLayer(config, window=each.sliding_window, shard=shard) for index, each in held.items()}
+        )
+        self.norm = None
+        if stage.is_last:
+            self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=shard.dtype, device=shard.device)
+        ropes = list(dict.fromkeys(layer.rope for layer in held.values()))
+        self.rotaries = nn.ModuleList(Rotary(rope, head_dim=config.head_dim, device=shard.device) for rope in ropes)
+        self.rotary_of_layer = [ropes.index(layer.rope) for layer in held.values()]
+
+    def _make_embedding(self, config: ModelConfig, shard: Shard) -> VocabParallelEmbedding:
+        return VocabParallelEmbedding(
             config.hidden_size,
             rows=shard.interval(Rows(config.vocab_size)),
             group=shard.group,
             dtype=shard.dtype,
             device=shard.device,
         )
-        self.layers = nn.ModuleList(
-            DecoderLayer(config, window=layer.sliding_window, shard=shard) for layer in config.layers
-        )
-        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=shard.dtype, device=shard.device)
-        ropes = list(dict.fromkeys(layer.rope for layer in config.layers))
-        self.rotaries = nn.ModuleList(Rotary(rope, head_dim=config.head_dim, device=shard.device) for rope in ropes)
-        self.rotary_of_layer = [ropes.index(layer.rope) for layer in config.layers]
 
     def forward(
-        self, token_ids: Tensor, *, positions: Tensor, attention: AttentionContext, caches: Sequence[tuple[Tensor, ...]]
+        self, x: Tensor, *, positions: Tensor, attention: AttentionContext, caches: Sequence[tuple[Tensor, ...]]
     ) -> Tensor:
-        x: Tensor = self.embed_tokens(token_ids)
+        if self.embed_tokens is not None:
+            x = self.embed_tokens(x)
         angles = [rotary(positions, dtype=x.dtype) for rotary in self.rotaries]
-        for layer, rotary, cache in zip(self.layers, self.rotary_of_layer, caches, strict=True):
+        for layer, rotary, cache in zip(self.layers.values(), self.rotary_of_layer, caches, strict=True):
             x = layer(x, angles=angles[rotary], attention=attention, cache=cache)
-        hidden: Tensor = self.norm(x)
-        return hidden
+        return x if self.norm is None else self.norm(x)
 
 
 class DecoderLayer(nn.Module):
