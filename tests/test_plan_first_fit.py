@@ -160,7 +160,7 @@ def test_the_cache_is_not_taken_for_weights_that_are_placed() -> None:
     """Subtracting weights and cache from what is left of the weights ends before all layers have a place."""
     devices = [("cuda:0", free_for(200)), ("cuda:1", free_for(200))]
     assert place([10] * 4, devices, kv_bytes_per_layer=90).layers == (("cuda:0", 2), ("cuda:1", 2))
-    with pytest.raises(PlanError, match="1 of its layers have no room"):
+    with pytest.raises(PlanError, match="no room for 1 of its layers"):
         place([10] * 5, devices, kv_bytes_per_layer=90)
 
 
@@ -197,7 +197,7 @@ def test_what_does_not_fit_is_an_error_with_the_excess_the_devices_and_the_param
     with pytest.raises(PlanError) as caught:
         place([40 * MB] * 4, devices, kv_bytes_per_layer=2 * MB)
     message = str(caught.value)
-    assert "exceeds its devices by 84 MB: 2 of its layers" in message
+    assert "exceeds its devices by 84 MB: there is no room for 2 of its layers on " in message
     assert "cuda:0 (90 of 100 MB usable), cuda:1 (9 of 10 MB usable)" in message
     assert "max_seq_len 4096, max_batch_size 1" in message
     assert caught.value.exit_code == 3
@@ -205,9 +205,9 @@ def test_what_does_not_fit_is_an_error_with_the_excess_the_devices_and_the_param
 
 def test_the_excess_of_a_model_that_no_device_takes_has_what_is_no_layer_too() -> None:
     parts = {"non_mapped_bytes": 30 * MB, "mapped_activation_bytes": MB, "non_mapped_activation_bytes": 4 * MB}
-    with pytest.raises(PlanError, match=re.escape("by 54 MB: 2 of its layers have no room on cuda:0")):
+    with pytest.raises(PlanError, match=re.escape("by 54 MB: there is no room for 2 of its layers on cuda:0")):
         place([10 * MB] * 2, [("cuda:0", MB)], **parts)
-    with pytest.raises(PlanError, match="have no room on no device"):
+    with pytest.raises(PlanError, match="no room for 1 of its layers on any device"):
         place([1], [])
 
 

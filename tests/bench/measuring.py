@@ -140,10 +140,10 @@ def systems(**arguments: Sequence[str]) -> Iterator[dict[str, System]]:
         yield started
 
 
-def tpdist_arguments(folder: Path, *, ranks: int, threads: int, kv_cache: str = "512MiB") -> list[str]:
-    """A system that is `ranks` ranks of tpdist; `threads` are those of all of them."""
-    sizes = ["--ranks", str(ranks), "--threads", str(max(1, threads // ranks)), "--kv-cache", kv_cache]
-    return ["tpdist", "--model", str(folder), *sizes]
+def tpdist_arguments(folder: Path, *, ranks: int, threads: int, stages: int = 1, kv_cache: str = "512MiB") -> list[str]:
+    """A system that is `ranks` ranks of tpdist in `stages` stages; `threads` are those of all of them."""
+    sizes = ["--ranks", str(ranks), "--stages", str(stages), "--threads", str(max(1, threads // ranks))]
+    return ["tpdist", "--model", str(folder), *sizes, "--kv-cache", kv_cache]
 
 
 def transformers_arguments(folder: Path, *, threads: int) -> list[str]:

@@ -9,10 +9,12 @@ benchmarks start it and speak to it through measuring.System:
     decode    batch, prompt_tokens, max_tokens         transformers
     prefill   prompt_tokens                            transformers
     read, matmul                                       machine: its limits
+    layers    rows, shapes                             machine: products of a step with packed weights, one after another
 """
 
 import argparse
 import asyncio
+import functools
 import json
 import os
 import sys
@@ -26,6 +28,7 @@ from transformers import AutoModelForCausalLM
 
 from tpdist.bench.in_process import RunningModel, running_model
 from tpdist.bench.read_rate import NUM_BYTES, read_rate
+from tpdist.layers.packed import PackableLinear
 from tpdist.plan.memory import DTYPE_BYTES
 from tpdist.settings import Settings
 
@@ -40,6 +43,7 @@ def main() -> None:
     parser.add_argument("system", choices=("tpdist", "transformers", "machine"))
     parser.add_argument("--model")
     parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("--stages", type=int, default=1, help="that the ranks are dealt to")
     parser.add_argument("--threads", type=int, default=1, help="of each rank")
     parser.add_argument("--kv-cache", default="512MiB")
     arguments = parser.parse_args()
@@ -57,7 +61,8 @@ def main() -> None:
 
 async def serve_tpdist(arguments: argparse.Namespace) -> None:
     options = {
-        "tensor_parallel_size": arguments.ranks,
+        "tensor_parallel_size": arguments.ranks // arguments.stages,
+        "pipeline_parallel_size": arguments.stages,
         "threads": arguments.threads,
         "kv_cache_memory_bytes": arguments.kv_cache,
         "log_level": "WARNING",
@@ -151,6 +156,8 @@ def machine(command: Command) -> dict[str, Any]:
             return {"bytes_per_s": read_rate(device="cpu", num_bytes=NUM_BYTES["cpu"], passes=PASSES)}
         case "matmul":
             return {"flop_per_s": max(matmul_flop_per_s() for _ in range(PASSES))}
+        case "layers":
+            return {"step_s": {str(rows): layers_s(rows, command["shapes"]) for rows in command["rows"]}}
         case unknown:
             raise ValueError(unknown)
 
@@ -161,6 +168,31 @@ def matmul_flop_per_s() -> float:
     started = time.perf_counter()
     torch.mm(left, right)
     return 2 * MATRIX**3 / (time.perf_counter() - started)
+
+
+@functools.cache
+def packed_layers(shapes: tuple[tuple[int, int], ...]) -> list[PackableLinear]:
+    """Linear layers [out_features, in_features] with random bfloat16 weights, packed as tpdist packs its own."""
+    layers = []
+    for shape in shapes:
+        layer = PackableLinear(torch.nn.Parameter(torch.randn(shape, dtype=torch.bfloat16), requires_grad=False))
+        layer.finish_loading("weight")
+        layers.append(layer)
+    return layers
+
+
+@torch.inference_mode()
+def layers_s(rows: int, shapes: list[list[int]]) -> float:
+    """Seconds of the products of one step with so many rows: the best of a few passes over all layers."""
+    layers = packed_layers(tuple((height, width) for height, width in shapes))
+    inputs = {width: torch.randn(rows, width, dtype=torch.bfloat16) for _, width in shapes}
+    passes = []
+    for _ in range(PASSES):
+        started = time.perf_counter()
+        for layer, (_, width) in zip(layers, shapes, strict=True):
+            layer.product(inputs[width])
+        passes.append(time.perf_counter() - started)
+    return min(passes)
 
 
 if __name__ == "__main__":

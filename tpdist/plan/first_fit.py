@@ -99,8 +99,9 @@ def _passed_over(name: str, free_bytes: int, needed_bytes: int, parameters: str)
 def _excess(excess_bytes: int, num_layers: int, devices: Sequence[tuple[str, int]], parameters: str) -> str:
     listed = ", ".join(f"{name} ({usable_bytes(free) // MB} of {free // MB} MB usable)" for name, free in devices)
     return (
-        f"the model exceeds its devices by {_up(excess_bytes)} MB: {num_layers} of its layers have no room on "
-        f"{listed or 'no device'}; lower the parameters ({parameters}), use more devices, or let the CPU take what is left"
+        f"the model exceeds its devices by {_up(excess_bytes)} MB: there is no room for {num_layers} of its layers on "
+        f"{listed or 'any device'}; lower the parameters ({parameters}), use more devices, or let the CPU take what is "
+        f"left"
     )
 
 
