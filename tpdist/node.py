@@ -128,6 +128,7 @@ class Node:
             environ=environ,
             threads=settings.threads,
             log_level=settings.log_level,
+            trace_folder=settings.trace_folder,
             spawn=supervise,
             report=self.agent.report,
         )

@@ -39,6 +39,7 @@ from tpdist.engine.engine import Engine, LocalExecutor, PipelineExecutor
 from tpdist.engine.kv_cache import allocate, bytes_per_token, num_blocks_that_fit
 from tpdist.engine.runner import Runner
 from tpdist.engine.scheduler import Scheduler
+from tpdist.engine.trace import Trace
 from tpdist.errors import RequestError
 from tpdist.meeting import MakeStore, expect, meet, plan_identity
 from tpdist.models import registry
@@ -143,6 +144,7 @@ class Rank:
             model,
             group=group,
             pipe=pipe,
+            trace=Trace(Path(trace) if (trace := self._start.trace_folder) else None, rank=self._start.rank),
             cache=cache,
             max_num_seqs=settings["max_num_seqs"],
             max_model_len=assign.max_model_len,
@@ -223,7 +225,7 @@ class Rank:
 
     def _run_engine(self, engine: Engine, requests: Dealer, runner: Runner) -> None:
         told = engine.stats()
-        links = [self._link, requests, *([self._peers.plans] if self._peers.plans else [])]
+        links: list[Dealer | Router] = [self._link, requests, *([self._peers.plans] if self._peers.plans else [])]
         while not self._told_to_stop(links, block=engine.idle):
             while (envelope := requests.receive()) is not None:
                 _take_request(engine, requests, envelope)

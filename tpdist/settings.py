@@ -145,6 +145,9 @@ class Settings(PlacementSettings):
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = option(
         "INFO", "Least level that is logged.", section="general", metavar="DEBUG|INFO|WARNING|ERROR"
     )
+    trace_folder: Path | None = option(
+        None, "Folder for a file of each rank: when each part of each step ran.", section="general", metavar="FOLDER"
+    )
     debug: bool = option(False, "Show a traceback when a command ends with an error.", section="general", metavar="")
 
     unknown_variables: tuple[tuple[str, str], ...] = ()
@@ -216,6 +219,8 @@ class Settings(PlacementSettings):
             path = getattr(self, name)
             if path is not None and not path.is_file():
                 yield f"{OPTIONS[name].variable}={path}: no such file"
+        if self.trace_folder is not None and not self.trace_folder.is_dir():
+            yield f"TPDIST_TRACE_FOLDER={self.trace_folder}: no such folder"
         if self.key_file is not None:
             yield from _key_file_problems(self.key_file)
 

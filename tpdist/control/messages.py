@@ -357,7 +357,7 @@ class RankHello(Message, frozen=True):
 class RankStart(Message, frozen=True):
     """All that one rank needs to begin, from its agent over a private ipc socket. `engine_address` is the head's
     socket for requests and outputs (used by rank 0 only); `plan_address` the ipc socket for plans inside the head's
-    node."""
+    node. `trace_folder`: where the times of every step go."""
 
     rank: int
     local_rank: int
@@ -367,6 +367,7 @@ class RankStart(Message, frozen=True):
     key_file: str | None
     engine_address: str
     plan_address: str
+    trace_folder: str | None
 
 
 class RankStop(Message, frozen=True):

@@ -54,6 +54,7 @@ class Supervisor:
         environ: Mapping[str, str],
         threads: int | None,
         log_level: str,
+        trace_folder: Path | None,
         spawn: bool,
         report: Callable[[Message], Awaitable[None]],
     ) -> None:
@@ -63,6 +64,7 @@ class Supervisor:
         self._environ = environ
         self._threads = threads
         self._log_level = log_level
+        self._trace_folder = None if trace_folder is None else str(trace_folder)
         self._spawn = spawn
         self._report = report
         self._plan_address = f"ipc://{run_dir}/plan.sock"
@@ -163,6 +165,7 @@ class Supervisor:
             key_file=self._key_file,
             engine_address=self._engine_address,
             plan_address=self._plan_address,
+            trace_folder=self._trace_folder,
         )
         await self._router.send(identity, start)
         if self._connect is not None:

@@ -47,8 +47,8 @@ class LocalExecutor:
 
 
 class PipelineExecutor:
-    """Runs the first stage in this process, while the others work on earlier steps. `send` passes each plan to the other
-    ranks first; `receive` gives the next result of the last stage, if one has come."""
+    """Runs the first stage in this process, while the others work on earlier steps. `send` passes each plan to the
+    other ranks first; `receive` gives the next result of the last stage, if one has come."""
 
     def __init__(
         self,

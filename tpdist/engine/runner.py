@@ -5,6 +5,7 @@ other stages learn them from a later plan. So each rank holds the last token of 
 Log-probabilities stay on the rank that samples. It knows nothing of requests or of where plans come from.
 """
 
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -15,6 +16,7 @@ from tpdist.engine.batch import PromptChunk, Samples, SlotTable
 from tpdist.engine.decode_graphs import DecodeGraphs, Forward, Recorder
 from tpdist.engine.kv_cache import KVCache
 from tpdist.engine.logprobs import ROWS_AT_ONCE, read, sample_and_score, score
+from tpdist.engine.trace import Trace
 from tpdist.engine.transfer import to_device
 from tpdist.errors import LostError
 from tpdist.parallel.group import RankGroup
@@ -49,12 +51,14 @@ class Runner:
         epoch: int,
         device: torch.device,
         pipe: Pipe | None = None,
+        trace: Trace | None = None,
         use_graphs: bool = False,
         record: Recorder | None = None,
     ) -> None:
         self._model = model
         self._group = group
         self._pipe = pipe or Alone()
+        self._trace = trace or Trace(None, rank=0)
         self._cache = cache
         self._epoch = epoch
         self._device = device
@@ -101,11 +105,20 @@ class Runner:
             self._slots.append(*zip(*plan.sampled, strict=True))
         self._slots.apply(plan)
         self._graphs.start(plan.start)
-        hidden, samples = self._forward(plan)
-        if not self._pipe.is_last:
+        num_tokens = sum(work.num_tokens for work in plan.work)
+        span = partial(self._trace.span, step=plan.step, num_tokens=num_tokens)
+        x = None
+        if not self._pipe.is_first:
+            with span("receive"):
+                x = self._pipe.receive(num_tokens, step=plan.step)
+        with span("forward"):
+            hidden, samples = self._forward(plan, x)
+        if self._pipe.is_last:
+            with span("sample"):
+                return self._finish(plan, hidden, samples)
+        with span("send"):
             self._pipe.send(hidden, step=plan.step)
-            return None
-        return self._finish(plan, hidden, samples)
+        return None
 
     def _finish(self, plan: StepPlan, hidden: Tensor, samples: Samples) -> StepResult:
         """Score and sample what the last stage computed. hidden: [num_tokens, hidden_size]."""
@@ -121,18 +134,21 @@ class Runner:
             prompt_logprobs=dict(zip(prompts, entries[len(sampled) :], strict=True)),
         )
 
-    def _forward(self, plan: StepPlan) -> tuple[Tensor, Samples]:
-        """The hidden states of the tokens of a plan, [num_tokens, hidden_size], and after which of them to sample."""
+    def _forward(self, plan: StepPlan, x: Tensor | None) -> tuple[Tensor, Samples]:
+        """The hidden states of the tokens of a plan, [num_tokens, hidden_size], and after which of them to sample. x:
+        what the stage before made of them, or None on the first one."""
         if self._graphs.serves(plan.work):
-            hidden = self._graphs.run(*self._slots.decodes(plan), eager=lambda: self._run_eagerly(plan)[0])
+            hidden = self._graphs.run(*self._slots.decodes(plan), eager=lambda: self._run_eagerly(plan, x)[0])
             return hidden, Samples(tuple(work.slot for work in plan.work), None)
-        return self._run_eagerly(plan)
+        return self._run_eagerly(plan, x)
 
-    def _run_eagerly(self, plan: StepPlan) -> tuple[Tensor, Samples]:
+    def _run_eagerly(self, plan: StepPlan, x: Tensor | None) -> tuple[Tensor, Samples]:
         batch = self._slots.batch(plan, device=self._device)
-        x = batch.token_ids if self._pipe.is_first else self._pipe.receive(len(batch.token_ids), step=plan.step)
         hidden = self._model(
-            x, positions=batch.positions, attention=batch.attention, caches=self._cache.layers
+            batch.token_ids if x is None else x,
+            positions=batch.positions,
+            attention=batch.attention,
+            caches=self._cache.layers,
         )
         return hidden, batch.samples
 
@@ -161,8 +177,8 @@ class Runner:
         return parts
 
     def _sample(self, samples: Samples, hidden: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
-        """One token for each of the batch's sample slots, [num_samples] int64, the same on every rank of the stage; and on rank 0
-        the scores of those that ask for them, by slot. hidden: [num_tokens, hidden_size]."""
+        """One token for each of the batch's sample slots, [num_samples] int64, the same on every rank of the stage; and
+        on rank 0 the scores of those that ask for them, by slot. hidden: [num_tokens, hidden_size]."""
         slots = samples.slots
         if not slots:
             return torch.empty(0, dtype=torch.int64, device=self._device), {}
