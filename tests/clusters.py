@@ -25,8 +25,19 @@ SETTINGS: dict[str, Any] = {
     "dtype": "auto",
     "tensor_parallel_size": None,
     "pipeline_parallel_size": None,
+    "pipeline_layers": None,
+    "tensor_shares": None,
+    "optimize": "throughput",
     "max_model_len": None,
+    "max_num_seqs": 256,
+    "max_num_batched_tokens": 2048,
     "block_size": 16,
+    "kv_cache_memory_bytes": None,
+    "gpu_memory_utilization": 0.9,
+    "max_seq_len": 4096,
+    "max_batch_size": 1,
+    "max_image_length": 1024,
+    "max_num_images": 1,
 }
 
 
@@ -52,8 +63,8 @@ def probe_of(**changes: Any) -> ProbeReport:
         "hostname": "h",
         "host_id": "machine",
         "num_cpus": 8,
-        "memory_bytes": 1 << 30,
-        "available_bytes": 1 << 29,
+        "memory_bytes": 1 << 38,
+        "available_bytes": 1 << 37,
         "python": "3.11.4",
         "tpdist": "0.1.0",
         "torch": "2.13.0",
@@ -67,7 +78,7 @@ def probe_of(**changes: Any) -> ProbeReport:
 
 def gpus(count: int) -> tuple[DeviceInfo, ...]:
     return tuple(
-        DeviceInfo(kind="cuda", index=index, name="H", total_bytes=1 << 30, free_bytes=1 << 30)
+        DeviceInfo(kind="cuda", index=index, name="H", total_bytes=1 << 36, free_bytes=1 << 36)
         for index in range(count)
     )
 
@@ -95,6 +106,7 @@ def assigns_of(sizes: Sequence[int]) -> tuple[Assign, ...]:
             world_size=sum(sizes),
             tp_size=sum(sizes),
             stages=(StageAssign(start=0, stop=3, shares=(1,) * sum(sizes)),),
+            item_devices=(),
             backend="gloo",
             threads=1,
             interface=None,

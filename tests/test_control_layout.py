@@ -9,7 +9,9 @@ import pytest
 from clusters import SETTINGS, fingerprint_of, gpus, register_of
 from plans import small_config
 
-from tpdist.control.layout import make_layout, max_model_len, node_sizes, parallel_sizes
+from tpdist.control.layout import make_layout, node_sizes
+from tpdist.control.messages import StageAssign
+from tpdist.control.placing import max_model_len
 from tpdist.control.route import addresses_towards, interface_of, is_link_local, is_loopback, without_zone
 from tpdist.control.state import Layout, NodeFacts, name_of
 from tpdist.errors import JoinError, PlanError
@@ -38,6 +40,8 @@ def layout(*nodes: NodeFacts, world_size: int | None = None, **settings: Any) ->
         config=CONFIG,
         weights=decoder_weights(CONFIG),
         settings={**SETTINGS, **settings},
+        explicit=set(settings),
+        one_process=None,
         checkpoint_dtype="float32",
         global_world_size=world_size,
         store_port=7,
@@ -58,7 +62,8 @@ def test_ranks_are_node_major_and_everybody_gets_the_same_plan() -> None:
     common = {name: {str(getattr(assign, name)) for assign in assigns} for name in assigns[0].__struct_fields__}
     assert all(len(values) == 1 for name, values in common.items() if name not in own)
     first = assigns[0]
-    assert (first.world_size, first.tp_size, first.pp_size, first.shares) == (4, 4, 1, (1, 1, 1, 1))
+    assert (first.world_size, first.tp_size) == (4, 4)
+    assert first.stages == (StageAssign(start=0, stop=3, shares=(1, 1, 1, 1)),)
     assert (first.store_port, first.load_timeout_s, first.hang_timeout_s, first.max_model_len) == (7, 8, 9, 512)
 
 
@@ -107,17 +112,34 @@ def test_sizes_that_do_not_add_up_name_every_node() -> None:
 def test_too_few_ranks_for_the_tensor_parallel_size_are_refused_with_the_numbers() -> None:
     with pytest.raises(JoinError, match=r"tensor_parallel_size=3 times 1 stages needs 3 ranks, but the nodes have 2"):
         layout(node(local_world_size=2), tensor_parallel_size=3)
-    assert parallel_sizes(2, SETTINGS) == (2, 1)
 
 
-def test_several_stages_are_refused() -> None:
-    with pytest.raises(PlanError, match="2 pipeline stages"):
-        layout(node(local_world_size=2), pipeline_parallel_size=2)
+def test_stages_get_their_layers_and_shares() -> None:
+    two = layout(node(local_world_size=2), pipeline_parallel_size=2).assigns[0]
+    assert [(stage.start, stage.stop, stage.shares) for stage in two.stages] == [(0, 1, (1,)), (1, 3, (1,))]
+    given = layout(node(local_world_size=4), pipeline_layers=[1, 2], tensor_shares=[3, 1]).assigns[0]
+    assert [(stage.start, stage.stop, stage.shares) for stage in given.stages] == [(0, 1, (3, 1)), (1, 3, (3, 1))]
+
+
+def test_more_ranks_than_heads_become_the_fewest_stages_that_work_and_the_plan_says_so() -> None:
+    made = layout(node(local_world_size=9))
+    assert (made.assigns[0].tp_size, len(made.assigns[0].stages)) == (3, 3)
+    assert any("9" in note and "8" in note for note in made.plan["notes"])
 
 
 def test_a_model_that_cannot_be_shared_so_is_refused() -> None:
-    with pytest.raises(PlanError, match=r"\b9\b.*\b8\b|\b8\b.*\b9\b"):
-        layout(node(local_world_size=9))
+    with pytest.raises(PlanError, match=r"\b11\b.*\b8\b|\b8\b.*\b11\b"):
+        layout(node(local_world_size=11))
+
+
+def test_what_is_not_explicit_shrinks_and_the_ranks_hear_of_it() -> None:
+    tight = node(probe={"available_bytes": 276_000_000})
+    made = layout(tight)
+    assert made.plan["notes"]
+    shrunk = made.assigns[0].settings
+    assert shrunk["max_num_batched_tokens"] < SETTINGS["max_num_batched_tokens"]
+    with pytest.raises(PlanError, match="lacks"):
+        layout(tight, max_num_batched_tokens=2048, max_num_seqs=256, max_seq_len=4096, max_model_len=512)
 
 
 def test_a_longer_sequence_than_the_model_supports_is_refused_with_both_numbers() -> None:

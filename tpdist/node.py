@@ -29,10 +29,11 @@ from tpdist.control.child import output_of_module
 from tpdist.control.coordinator import HEARTBEAT_SUFFIX, Coordinator
 from tpdist.control.layout import make_layout
 from tpdist.control.messages import DrainRequest, Fingerprint, ProbeReport, RankUpdate, Register
+from tpdist.control.placing import OneProcess
 from tpdist.control.route import addresses_towards, interface_of, is_loopback
 from tpdist.control.state import Layout, NodeFacts, Rules
 from tpdist.control.supervisor import Supervisor
-from tpdist.errors import InterruptedByUser, JoinError, LostError, PlanError, SettingsError, TpdistError
+from tpdist.errors import InterruptedByUser, JoinError, LostError, SettingsError, TpdistError
 from tpdist.models import registry
 from tpdist.place import place_of
 from tpdist.plan.model_config import ModelConfig
@@ -215,17 +216,13 @@ class Node:
 
     def _plan(self, nodes: Sequence[NodeFacts]) -> Layout:
         settings, model = self._settings, self._model.result()
-        devices = nodes[0].fingerprint.probe.devices
-        if settings.no_nccl and settings.device != "cpu" and len(devices) > 1:
-            raise PlanError(
-                f"MISTRALRS_NO_NCCL=1 asks to place the layers over this node's {len(devices)} devices in one process, "
-                "which this release does not do; unset it, or show one device with CUDA_VISIBLE_DEVICES=0"
-            )
         return make_layout(
             nodes,
             config=model.config,
             weights=registry.weights(model.config),
             settings=settings.shared(),
+            explicit=settings.explicit(),
+            one_process=one_process_of(settings),
             checkpoint_dtype=model.dtype,
             global_world_size=self._place.global_world_size,
             store_port=settings.store_port,
@@ -272,6 +269,19 @@ class Node:
             model=dict(model.digests),
             explicit=self._settings.explicit(),
         )
+
+
+def one_process_of(settings: Settings) -> OneProcess | None:
+    """What is asked of the placement over the devices of one process; None if there are ranks instead."""
+    if not settings.one_process:
+        return None
+    return OneProcess(
+        placement=settings.placement,
+        device_layers=settings.device_layers,
+        device_map=settings.device_map,
+        max_memory=settings.max_memory,
+        disk=settings.offload_folder is not None,
+    )
 
 
 def _engine_address(run_dir: Path) -> str:

@@ -201,11 +201,12 @@ class Settings(PlacementSettings):
 
     def explicit(self) -> dict[str, Any]:
         """The plan and engine settings that somebody set on this node, as JSON values."""
-        return {name: getattr(self, name) for name in SHARED if name in self.model_fields_set}
+        return {name: value for name, value in self.shared().items() if name in self.model_fields_set}
 
     def shared(self) -> dict[str, Any]:
         """All plan and engine settings, as JSON values: what a head sends to its workers."""
-        return {name: getattr(self, name) for name in SHARED}
+        values = {name: getattr(self, name) for name in SHARED}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
     def _local_contradictions(self) -> Iterator[str]:
         if (self.ssl_certfile is None) != (self.ssl_keyfile is None):

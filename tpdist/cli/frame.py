@@ -38,6 +38,7 @@ class LazyCommand:
 COMMANDS = {
     "serve": LazyCommand("tpdist.cli.serve:serve", "Start this node: head, worker, single node or torchrun rank."),
     "generate": LazyCommand("tpdist.cli.generate:generate", "Print one answer, without a server."),
+    "plan": LazyCommand("tpdist.cli.plan:plan", "Show where a model would go, before anything is loaded."),
     "demo": LazyCommand("tpdist.cli.demo:demo", "Run the built-in tiny model over two nodes on this machine."),
     "bench": LazyCommand("tpdist.cli.bench:bench", "Measure latency and throughput under load."),
     "status": LazyCommand("tpdist.cli.status:status", "Show a cluster as its head sees it."),

@@ -4,20 +4,30 @@ The head calls this once per epoch, before anything starts; whatever cannot work
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from tpdist.control.messages import Assign, StageAssign
+from tpdist.control.placing import (
+    OneProcess,
+    demand_of,
+    item_devices,
+    place_layers,
+    place_ranks,
+    process_inventory,
+    ranks_inventory,
+)
 from tpdist.control.route import LOOPBACK, is_link_local, is_loopback, without_zone
 from tpdist.control.state import Layout, NodeFacts
-from tpdist.errors import JoinError, PlanError
-from tpdist.plan.memory import DTYPE_BYTES, kv_bytes_per_token, weight_bytes
+from tpdist.errors import PlanError
+from tpdist.plan.memory import DTYPE_BYTES, kv_bytes_per_token
 from tpdist.plan.model_config import ModelConfig
-from tpdist.plan.shards import Axis, Blocks, Partition, Rows, Weights, check_shardable, key_value_heads, query_heads
-from tpdist.plan.stages import stages_of
-from tpdist.plan.topology import Topology, local_world_sizes
+from tpdist.plan.placement import Placement
+from tpdist.plan.shards import Axis, Blocks, Partition, Rows, Weights, key_value_heads, query_heads
+from tpdist.plan.topology import RankPlace, Topology, local_world_sizes
 
+SHRINKING = ("max_num_seqs", "max_num_batched_tokens")
 ANY = "::"
 ANY_IPV4 = "0.0.0.0"
 
@@ -28,6 +38,8 @@ def make_layout(
     config: ModelConfig,
     weights: Weights,
     settings: Mapping[str, Any],
+    explicit: Collection[str],
+    one_process: OneProcess | None,
     checkpoint_dtype: str,
     global_world_size: int | None,
     store_port: int,
@@ -36,33 +48,33 @@ def make_layout(
     local_interface: Callable[[str], str | None],
 ) -> Layout:
     """Assign ranks to `nodes` (head first). `settings` are the head's plan and engine settings, in which "auto" becomes
-    what the devices and the checkpoint are; `local_interface` names the head's own network interface with an address.
-    Raises PlanError or JoinError."""
+    what the devices and the checkpoint are; those that are not `explicit` may shrink to fit. `local_interface` names
+    the head's own network interface with an address. Raises PlanError or JoinError."""
     device = _device(nodes, settings["device"])
     dtype = checkpoint_dtype if settings["dtype"] == "auto" else settings["dtype"]
     sizes = node_sizes(nodes, device=device, global_world_size=global_world_size)
-    tp_size, pp_size = parallel_sizes(sum(sizes), settings)
-    partition = Partition.even(tp_size)
-    check_shardable(config, partition)
-    counts = settings.get("pipeline_layers") or tuple(
-        config.num_hidden_layers // pp_size + (i < config.num_hidden_layers % pp_size) for i in range(pp_size)
-    )
-    stages = tuple(StageAssign(start=s.layers.start, stop=s.layers.stop, shares=partition.shares) for s in stages_of(counts, config.num_hidden_layers))
+    demand = demand_of(config, settings, dtype=dtype, explicit=explicit)
+    if one_process is None:
+        inventory = ranks_inventory(nodes, sizes, device=device)
+        placement = place_ranks(config, weights, inventory, demand, settings)
+    else:
+        inventory = process_inventory(nodes[0], device=device, asked=one_process)
+        placement = place_layers(config, weights, inventory, demand, one_process)
+    shrunk = {name: getattr(placement.demand, name) for name in SHRINKING}
     head = _head_address(nodes, local_interface)
     threads = _threads(nodes, sizes)
-    backend = _backend(nodes, sizes, device)
-    firsts = [sum(sizes[:index]) for index in range(len(sizes))]
     assigns = tuple(
         Assign(
             cluster_id="",
             epoch=0,
             node_index=index,
-            first_rank=firsts[index],
+            first_rank=sum(sizes[:index]),
             local_world_size=sizes[index],
             world_size=sum(sizes),
-            tp_size=tp_size,
-            stages=stages,
-            backend=backend,
+            tp_size=placement.tp_size,
+            stages=_stages(config, placement),
+            item_devices=() if one_process is None else item_devices(placement),
+            backend=_backend(nodes, sizes, device),
             threads=threads[index],
             interface=head.interface_for(node),
             head_host=head.host_for(node),
@@ -70,13 +82,20 @@ def make_layout(
             load_timeout_s=load_timeout_s,
             hang_timeout_s=hang_timeout_s,
             store_port=store_port,
-            max_model_len=max_model_len(config, settings["max_model_len"]),
-            settings={**settings, "device": device, "dtype": dtype},
+            max_model_len=demand.max_model_len,
+            settings={**settings, **shrunk, "device": device, "dtype": dtype},
         )
         for index, node in enumerate(nodes)
     )
-    topology = Topology(node_sizes=sizes, tp_size=tp_size, pp_size=pp_size)
-    return Layout(assigns, _summary(config, weights, topology, partition, assigns[0]))
+    return Layout(assigns, _summary(config, sizes, placement, assigns[0]))
+
+
+def _stages(config: ModelConfig, placement: Placement) -> tuple[StageAssign, ...]:
+    """One process is one stage, whatever its devices."""
+    if placement.method != "ranks":
+        return (StageAssign(start=0, stop=config.num_hidden_layers, shares=(1,)),)
+    pairs = zip(placement.stage_layers, placement.shares, strict=True)
+    return tuple(StageAssign(start=layers.start, stop=layers.stop, shares=shares) for layers, shares in pairs)
 
 
 def node_sizes(nodes: Sequence[NodeFacts], *, device: str, global_world_size: int | None) -> tuple[int, ...]:
@@ -88,28 +107,6 @@ def node_sizes(nodes: Sequence[NodeFacts], *, device: str, global_world_size: in
     if global_world_size is None:
         return tuple(size or 1 for size in requested)
     return local_world_sizes(requested, global_world_size)
-
-
-def parallel_sizes(world_size: int, settings: Mapping[str, Any]) -> tuple[int, int]:
-    """(tensor-parallel size, stages) for this many ranks."""
-    pp_size: int = settings["pipeline_parallel_size"] or 1
-    tp_size: int = settings["tensor_parallel_size"] or world_size // pp_size
-    if tp_size * pp_size != world_size:
-        raise JoinError(
-            f"tensor_parallel_size={tp_size} times {pp_size} stages needs {tp_size * pp_size} ranks, "
-            f"but the nodes have {world_size}; change --tensor-parallel-size or the nodes' LOCAL_WORLD_SIZE"
-        )
-    return tp_size, pp_size
-
-
-def max_model_len(config: ModelConfig, asked: int | None) -> int:
-    """Longest sequence: what was asked for, else what the model supports. Raises PlanError when it is too much."""
-    longest = config.max_model_len
-    if asked is not None and asked > longest:
-        raise PlanError(
-            f"--max-model-len {asked} is more than the {longest} tokens that {config.architecture} supports"
-        )
-    return asked or longest
 
 
 def _device(nodes: Sequence[NodeFacts], asked: str) -> str:
@@ -182,35 +179,45 @@ def _head_address(nodes: Sequence[NodeFacts], local_interface: Callable[[str], s
     return _HeadAddress(ANY if any(":" in address for address in remote) else ANY_IPV4, interface)
 
 
-def _summary(
-    config: ModelConfig, weights: Weights, topology: Topology, partition: Partition, assign: Assign
-) -> dict[str, Any]:
-    """The plan for people: /v1/cluster shows it. Bytes are what the plan expects, before anything is loaded."""
-    dtype_bytes = DTYPE_BYTES[assign.settings["dtype"]]
-    axes: dict[str, Axis] = {
-        "attention_heads": query_heads(config),
-        "key_value_heads": key_value_heads(config),
-        "intermediate": Blocks(config.intermediate_size),
-        "vocabulary": Rows(config.vocab_size),
-    }
+def _summary(config: ModelConfig, sizes: tuple[int, ...], placement: Placement, assign: Assign) -> dict[str, Any]:
+    """The plan for people: /v1/cluster shows it. Bytes are what the plan expects, before anything is loaded. What was
+    weighed against it is left to `tpdist plan`."""
+    topology = Topology(node_sizes=sizes, tp_size=assign.tp_size, pp_size=len(assign.stages))
+    shown = placement.as_dict()
+    del shown["rejected"]
     return {
-        "architecture": config.architecture,
-        "world_size": sum(topology.node_sizes),
+        **shown,
+        "world_size": assign.world_size,
         "tensor_parallel_size": topology.tp_size,
         "pipeline_parallel_size": topology.pp_size,
         "device": assign.settings["device"],
         "backend": assign.backend,
         "dtype": assign.settings["dtype"],
         "max_model_len": assign.max_model_len,
-        "ranks": [
-            {
-                "rank": place.rank,
-                "node": place.node_index,
-                "stage": place.stage,
-                **{name: list(partition.interval(axis, place.tp_rank)) for name, axis in axes.items()},
-                "weight_bytes": weight_bytes(weights, partition, place.tp_rank, dtype_bytes=dtype_bytes),
-                "kv_bytes_per_token": kv_bytes_per_token(config, partition, place.tp_rank, dtype_bytes=dtype_bytes),
-            }
-            for place in topology.places
-        ],
+        "ranks": [_rank_summary(config, placement, assign, place) for place in topology.places],
+    }
+
+
+def _rank_summary(config: ModelConfig, placement: Placement, assign: Assign, place: RankPlace) -> dict[str, Any]:
+    """What one rank holds. In one process the devices are all of rank 0."""
+    axes: dict[str, Axis] = {
+        "attention_heads": query_heads(config),
+        "key_value_heads": key_value_heads(config),
+        "intermediate": Blocks(config.intermediate_size),
+        "vocabulary": Rows(config.vocab_size),
+    }
+    stage = assign.stages[place.stage]
+    partition = Partition(stage.shares)
+    token_bytes = kv_bytes_per_token(
+        config, partition, place.tp_rank, dtype_bytes=DTYPE_BYTES[assign.settings["dtype"]]
+    )
+    own = [each for each in placement.devices if each.rank in (None, place.rank)]
+    return {
+        "rank": place.rank,
+        "node": place.node_index,
+        "stage": place.stage,
+        "layers": [stage.start, stage.stop],
+        **{name: list(partition.interval(axis, place.tp_rank)) for name, axis in axes.items()},
+        "weight_bytes": sum(each.weight_bytes for each in own),
+        "kv_bytes_per_token": token_bytes * (stage.stop - stage.start) // config.num_hidden_layers,
     }

@@ -113,7 +113,8 @@ class Assign(Message, frozen=True):
     """The ranks of one node in one epoch of one cluster; the node starts them at once. `head_host` is the head as this
     node reaches it, `bind_host` the address that rank 0 listens on. `interface` is the network
     interface for collectives. `settings` are the head's plan and engine settings, which hold on all nodes, with
-    nothing left "auto". Rank r is number r % tp_size of stage r // tp_size."""
+    nothing left "auto". Rank r is number r % tp_size of stage r // tp_size. `item_devices`, where one process has all
+    layers: the devices of the embedding, each layer, and the output, in this order."""
 
     cluster_id: str
     epoch: int
@@ -123,6 +124,7 @@ class Assign(Message, frozen=True):
     world_size: int
     tp_size: int
     stages: tuple[StageAssign, ...]
+    item_devices: tuple[str, ...]
     backend: str
     threads: int
     interface: str | None

@@ -42,9 +42,9 @@ def parse_size(value: object) -> int:
     """Bytes, from a number or text such as "80GiB". Raises ValueError unless it is at least one."""
     try:
         size = parse_bytes(value)
-    except ValueError:
+    except (ValueError, OverflowError):
         size = None
-    if isinstance(size, bool) or not isinstance(size, int | float) or size < 1:
+    if isinstance(size, bool) or not isinstance(size, int | float) or not 1 <= size < float("inf"):
         raise ValueError('must be a size, as "80GiB"')
     return int(size)
 
@@ -166,7 +166,7 @@ def read_inventory(path: Path) -> Inventory:
             raise table.error("name", f"{node.name!r} is the name of another node too")
     inside = {node.name: node.link for node in nodes if node.link is not None}
     made = make_inventory([device for node in nodes for device in node.devices], inside=inside)
-    across = dict(_between(table, names) for table in top.tables("link", example="", required=False))
+    across = _links(top.tables("link", example="", required=False), names)
     default = top.table("across")
     default_across = made.default_across if default is None else _link(default, made.default_across)
     return Inventory(devices=made.devices, inside=made.inside, across=across, default_across=default_across)
@@ -221,9 +221,9 @@ class _Table:
 
 
 def _mapping(value: object) -> Mapping[str, Any]:
-    if not isinstance(value, dict):
-        raise ValueError('must be a table, as { bandwidth = "450GB/s" }')
-    return value
+    if isinstance(value, dict):
+        return value
+    raise ValueError('must be a table, as { bandwidth = "450GB/s" }')
 
 
 def _mappings(value: object) -> list[Mapping[str, Any]]:
@@ -233,7 +233,7 @@ def _mappings(value: object) -> list[Mapping[str, Any]]:
 
 
 def _word(value: object) -> str:
-    if not isinstance(value, str) or not value.strip():
+    if not isinstance(value, str) or not value.strip() or not value.isprintable():
         raise ValueError('must be a name, as "alpha"')
     return value
 
@@ -289,17 +289,24 @@ def _devices(table: _Table, node: str, *, first: int) -> Iterator[Device]:
     if kind == "cpu" and count > 1:
         raise table.error("count", "a node has one memory; the ranks on it share it")
     rate = table.get("bandwidth", parse_rate)
-    return make_devices(
-        node, kind=kind, count=count, first=first, model=model, size=size, free=free, bandwidth=rate
-    )
+    return make_devices(node, kind=kind, count=count, first=first, model=model, size=size, free=free, bandwidth=rate)
 
 
 def _link(table: _Table, default: Link, *, more: tuple[str, ...] = ()) -> Link:
     table.allow("bandwidth", "latency", *more)
     bandwidth, latency = table.get("bandwidth", parse_rate), table.get("latency", parse_seconds)
-    return Link(
-        bandwidth=bandwidth or default.bandwidth, latency_s=default.latency_s if latency is None else latency
-    )
+    return Link(bandwidth=bandwidth or default.bandwidth, latency_s=default.latency_s if latency is None else latency)
+
+
+def _links(tables: Sequence[_Table], names: Sequence[str]) -> dict[tuple[str, str], Link]:
+    """By pairs of nodes in the order of ranks."""
+    links: dict[tuple[str, str], Link] = {}
+    for table in tables:
+        pair, link = _between(table, names)
+        if pair in links:
+            raise table.error("between", f"{' and '.join(pair)} have one already")
+        links[pair] = link
+    return links
 
 
 def _between(table: _Table, names: Sequence[str]) -> tuple[tuple[str, str], Link]:

@@ -5,6 +5,7 @@ process; planner.py fills it, cli/ shows it, and as a dict it is the plan in /v1
 Bytes are device memory; times are seconds of one decode step.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -72,8 +73,8 @@ class Demand:
 @dataclass(frozen=True, kw_only=True)
 class DevicePlan:
     """What one device holds. `rank` is None where one process has all devices. `layers` may be empty. `usable_bytes` is
-    what may be used of the device at all; `kv_cache_bytes` is what the cache takes of it, and `tokens` how many tokens of
-    this device's layers that is."""
+    what may be used of the device at all; `kv_cache_bytes` is what the cache takes of it, and `tokens` how many tokens
+    of this device's layers that is."""
 
     device: Device
     rank: int | None
@@ -104,8 +105,9 @@ class DevicePlan:
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
     """A layout that was weighed: `stage_layers` has the number of layers of each stage. `shortfall_bytes` is what the
-    fullest device lacks, 0 if it fits. `latency_s`: one sequence, one token; `slowest_stage_s` bounds the throughput of a
-    full pipeline. `reason`: in words, why it was not taken."""
+    fullest device lacks, 0 if it fits. `latency_s`: one token of each sequence; `slowest_stage_s` bounds the throughput
+    of a full pipeline. Both are infinite, and `stage_layers` empty, where the model cannot be cut so. `reason`: in
+    words, why it was not taken."""
 
     tp_size: int
     pp_size: int
@@ -118,9 +120,11 @@ class Candidate:
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
-    """What will run. `shares` are the tensor-parallel weights of each stage's ranks. `longest_context`: tokens of one
-    sequence that the cache holds, at most the model's. `notes`: what was shrunk or decided for the user, a sentence each.
-    `advice`: what would be faster or roomier, a sentence each. `demand` is what is left of the user's after shrinking."""
+    """What will run. `shares` are the tensor-parallel weights of each stage's ranks. In one process the stages are the
+    devices that have layers, in their order, and `devices` has the others behind them. `longest_context`: tokens of one
+    sequence that the cache holds, at most the model's. `notes`: what was shrunk or decided for the user, a sentence
+    each. `advice`: what would be faster or roomier, a sentence each. `demand` is what is left of the user's after
+    shrinking. `extra`: "num_blocks", of the cache on every device."""
 
     architecture: str
     method: Method
@@ -140,7 +144,10 @@ class Placement:
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
-        """As JSON values."""
+        """As JSON values; infinite times are null."""
         made = asdict(self)
         made["demand"]["fixed"] = sorted(self.demand.fixed)
+        for rejected in made["rejected"]:
+            for name in ("latency_s", "slowest_stage_s"):
+                rejected[name] = rejected[name] if math.isfinite(rejected[name]) else None
         return made

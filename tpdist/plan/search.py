@@ -72,19 +72,7 @@ def split_in_order(
 ) -> Found | None:
     """The best cut with the places in their order; None if nothing fits. Unless they `may_be_empty`, all get items.
     transfers: [num_places, num_places], from the row's place to the column's; default none."""
-    num_places = len(costs)
-    links = np.zeros((num_places, num_places)) if transfers is None else transfers
-    nodes = tuple(
-        _Node(
-            cost=place,
-            label=place,
-            exits=tuple((after, float(links[place, after])) for after in _after(place, num_places, may_be_empty)),
-            may_end=may_be_empty or place == num_places - 1,
-        )
-        for place in range(num_places)
-    )
-    starts = tuple(range(num_places)) if may_be_empty else (0,)
-    return _search(_Graph(nodes, starts), costs, objective=objective)
+    return _search(_one_order(len(costs), transfers, may_be_empty=may_be_empty), costs, objective=objective)
 
 
 def split_in_any_order(
@@ -99,12 +87,8 @@ def split_in_any_order(
     """The best cut over all orders of the places, but that the `num_last` last ones stay behind the others in their
     order; None if nothing fits. Places of one class must have equal costs and transfers. What is a matter of choice
     among them, the places of one class take in their order. Raises ValueError if `is_too_large`."""
-    if is_too_large(classes, num_last=num_last):
-        raise ValueError(f"the orders of places of the classes {tuple(classes)} are too many to search")
-    num_places = len(costs)
-    links = np.zeros((num_places, num_places)) if transfers is None else transfers
     members = _members(classes, num_last)
-    graph = _orders(members, links, may_be_empty=may_be_empty, num_last=num_last)
+    graph = _orders(members, transfers, may_be_empty=may_be_empty, num_last=num_last)
     found = _search(graph, costs, objective=objective)
     if found is None:
         return None
@@ -112,10 +96,41 @@ def split_in_any_order(
     return Found(tuple(next(queues[first]) for first in found.places), found.counts, found.total, found.slowest)
 
 
+def fits_in_order(fits: NDArray[np.bool_], *, may_be_empty: bool = False) -> bool:
+    """Whether `split_in_order` would find a cut, `fits` saying which runs have a cost. Faster than the search."""
+    return _reaches_the_end(_one_order(len(fits), None, may_be_empty=may_be_empty), fits)
+
+
+def fits_in_any_order(
+    fits: NDArray[np.bool_], *, classes: Sequence[int], may_be_empty: bool = False, num_last: int = 0
+) -> bool:
+    """Whether `split_in_any_order` would find a cut."""
+    members = _members(classes, num_last)
+    return _reaches_the_end(_orders(members, None, may_be_empty=may_be_empty, num_last=num_last), fits)
+
+
 def is_too_large(classes: Sequence[int], *, num_last: int = 0) -> bool:
     """Whether there are too many different places for the search of all orders."""
-    sizes = [len(places) for places in _members(classes, num_last)]
-    return math.prod(size + 1 for size in sizes) * len(sizes) ** 2 > MAX_EDGES
+    return _num_edges(_members(classes, num_last)) > MAX_EDGES
+
+
+def _num_edges(members: list[list[int]]) -> int:
+    """At most so many edges has the graph of their orders."""
+    return math.prod(len(places) + 1 for places in members) * len(members) ** 2
+
+
+def _one_order(num_places: int, transfers: Costs | None, *, may_be_empty: bool) -> _Graph:
+    links = np.zeros((num_places, num_places)) if transfers is None else transfers
+    nodes = tuple(
+        _Node(
+            cost=place,
+            label=place,
+            exits=tuple((after, float(links[place, after])) for after in _after(place, num_places, may_be_empty)),
+            may_end=may_be_empty or place == num_places - 1,
+        )
+        for place in range(num_places)
+    )
+    return _Graph(nodes, tuple(range(num_places)) if may_be_empty else (0,))
 
 
 def _after(place: int, num_places: int, may_be_empty: bool) -> range:
@@ -131,24 +146,27 @@ def _members(classes: Sequence[int], num_last: int) -> list[list[int]]:
     return [*by_class.values(), *([place] for place in range(num_free, len(classes)))]
 
 
-def _orders(members: list[list[int]], links: Costs, *, may_be_empty: bool, num_last: int) -> _Graph:
+def _orders(members: list[list[int]], transfers: Costs | None, *, may_be_empty: bool, num_last: int) -> _Graph:
     """A node for each number of taken places by class, and each class of the last one. Later nodes have more taken."""
+    if _num_edges(members) > MAX_EDGES:
+        raise ValueError(
+            f"the orders of {sum(map(len, members))} places of {len(members)} classes are too many to search"
+        )
     sizes = [len(places) for places in members]
     first_last = len(members) - num_last
     keys = [
         (taken, last)
         for taken in sorted(product(*(range(size + 1) for size in sizes)), key=sum)
         for last in range(len(sizes))
-        if taken[last] and (last >= first_last or not any(taken[first_last:])) and not any(taken[last + 1 :][: 0])
+        if taken[last] and not any(taken[max(last + 1, first_last) :])
     ]
-    keys = [(taken, last) for taken, last in keys if last < first_last or not any(taken[last + 1 :])]
     numbers = {key: number for number, key in enumerate(keys)}
 
     def exits(taken: tuple[int, ...], last: int) -> Iterator[tuple[int, float]]:
         for after in range(len(sizes)):
             more = (*taken[:after], taken[after] + 1, *taken[after + 1 :])
             if (number := numbers.get((more, after))) is not None:
-                yield number, float(_link(links, members[last], members[after]))
+                yield number, _link(transfers, members[last], members[after])
 
     nodes = tuple(
         _Node(members[last][0], members[last][0], tuple(exits(taken, last)), may_be_empty or list(taken) == sizes)
@@ -158,11 +176,26 @@ def _orders(members: list[list[int]], links: Costs, *, may_be_empty: bool, num_l
     return _Graph(nodes, starts)
 
 
-def _link(links: Costs, left: list[int], right: list[int]) -> float:
+def _link(transfers: Costs | None, left: list[int], right: list[int]) -> float:
     """The transfer between two classes, maybe the same one."""
-    if left is not right:
-        return float(links[left[0], right[0]])
-    return float(links[left[0], left[1]]) if len(left) > 1 else 0.0
+    if transfers is None:
+        return 0.0
+    return float(transfers[left[0], right[0] if left is not right else left[1]])
+
+
+def _reaches_the_end(graph: _Graph, fits: NDArray[np.bool_]) -> bool:
+    """Whether some path of runs that fit takes all items."""
+    size = fits.shape[1]
+    runs = fits & ~np.tri(size, dtype=bool)
+    ends = np.zeros((len(graph.nodes), size), dtype=bool)
+    for number in reversed(range(len(graph.nodes))):
+        node = graph.nodes[number]
+        rest = np.zeros(size, dtype=bool)
+        rest[-1] = node.may_end
+        for after, _ in node.exits:
+            rest |= ends[after]
+        ends[number] = runs[node.cost][:, rest].any(axis=1)
+    return bool(ends[list(graph.starts), 0].any())
 
 
 def _search(graph: _Graph, costs: Costs, *, objective: Objective) -> Found | None:
@@ -173,15 +206,13 @@ def _search(graph: _Graph, costs: Costs, *, objective: Objective) -> Found | Non
         return None
     costs = np.where(np.tri(num_items + 1, dtype=bool), math.inf, costs)
     tables = _Tables(graph, costs)
-    if objective == "throughput":
-        limit = tables.first(tables.least_largest(None))
-    else:
-        sums = tables.least_sums(math.inf)
-        if math.isinf(tables.first(sums)):
-            return None
-        limit = tables.first(tables.least_largest(sums))
-    if math.isinf(limit):
+    sums = tables.least_sums(math.inf)
+    if math.isinf(tables.first(sums)):
         return None
+    if objective == "latency":
+        limit = tables.first_of_least(tables.least_largest(sums), sums)
+    else:
+        limit = tables.first(tables.least_largest(None))
     return tables.trace(tables.least_sums(limit), limit)
 
 
@@ -196,6 +227,11 @@ class _Tables:
     def first(self, table: Costs) -> float:
         """The best for all items."""
         return float(min(table[start, 0] for start in self._starts))
+
+    def first_of_least(self, table: Costs, sums: Costs) -> float:
+        """The best for all items, where the first place is one of a least sum."""
+        least = self.first(sums)
+        return float(min(table[start, 0] for start in self._starts if sums[start, 0] == least))
 
     def least_sums(self, limit: float) -> Costs:
         """The least sum of values, of which none is above `limit`."""

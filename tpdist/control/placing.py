@@ -1,0 +1,149 @@
+"""From what the nodes have and what their user asks for to a placement: what the planner is told, and what it answers.
+
+`tpdist plan` and the head both go through here, so that what is shown is what runs. Pure.
+"""
+
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+from tpdist.control.devices import probed_devices, process_devices, rank_devices
+from tpdist.control.state import Key, NodeFacts
+from tpdist.errors import PlanError
+from tpdist.plan.device_layers import parse_device_layers
+from tpdist.plan.device_map import MappedLayers, mapped_layers
+from tpdist.plan.inventory import make_inventory
+from tpdist.plan.model_config import ModelConfig
+from tpdist.plan.placement import Demand, Device, Inventory, Placement
+from tpdist.plan.planner import plan_mapping, plan_ranks
+from tpdist.plan.shards import Weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class OneProcess:
+    """What was asked of the placement over the devices of one process: the settings of these names, and whether layers
+    may lie on the disk."""
+
+    placement: Literal["exact", "first-fit"]
+    device_layers: str | None
+    device_map: str | Mapping[str, int | str] | None
+    max_memory: Mapping[str, int] | None
+    disk: bool
+
+
+def node_name(key: Key) -> str:
+    """A node as /v1/cluster calls it."""
+    return "head" if key is None else f"worker-{key}"
+
+
+def max_model_len(config: ModelConfig, asked: int | None) -> int:
+    """Longest sequence: what was asked for, else what the model supports. Raises PlanError when it is too much."""
+    longest = config.max_model_len
+    if asked is not None and asked > longest:
+        raise PlanError(
+            f"--max-model-len {asked} is more than the {longest} tokens that {config.architecture} supports"
+        )
+    return asked or longest
+
+
+def demand_of(config: ModelConfig, settings: Mapping[str, Any], *, dtype: str, explicit: Collection[str]) -> Demand:
+    """What the plan and engine settings ask for. What is not `explicit` may shrink."""
+    names = {field.name for field in fields(Demand)} - {"fixed"}
+    asked: dict[str, Any] = {name: settings[name] for name in names}
+    asked["dtype"] = dtype
+    asked["max_model_len"] = max_model_len(config, settings["max_model_len"])
+    return Demand(**asked, fixed=frozenset(names.intersection(explicit)))
+
+
+def place_ranks(
+    config: ModelConfig,
+    weights: Weights,
+    inventory: Inventory,
+    demand: Demand,
+    settings: Mapping[str, Any],
+    *,
+    first_extra_bytes: int = 0,
+    first_extra_activation_bytes: int = 0,
+) -> Placement:
+    """One rank on each device of `inventory`, as the plan settings say. Raises PlanError or JoinError."""
+    shares, layers = settings["tensor_shares"], settings["pipeline_layers"]
+    return plan_ranks(
+        config,
+        weights,
+        inventory,
+        demand,
+        tp_size=settings["tensor_parallel_size"],
+        pp_size=settings["pipeline_parallel_size"],
+        shares=tuple(shares) if isinstance(shares, list | tuple) else shares,
+        stage_layers=None if layers is None else tuple(layers),
+        objective=settings["optimize"],
+        first_extra_bytes=first_extra_bytes,
+        first_extra_activation_bytes=first_extra_activation_bytes,
+    )
+
+
+def place_layers(
+    config: ModelConfig,
+    weights: Weights,
+    inventory: Inventory,
+    demand: Demand,
+    asked: OneProcess,
+    *,
+    first_extra_bytes: int = 0,
+    first_extra_activation_bytes: int = 0,
+) -> Placement:
+    """The layers over the devices of one process. Raises SettingsError or PlanError."""
+    mapped = _mapped(asked, inventory, num_layers=config.num_hidden_layers)
+    return plan_mapping(
+        config,
+        weights,
+        inventory,
+        demand,
+        method=mapped.method,
+        device_layers=mapped.layers,
+        head_first=mapped.head_first,
+        allow_disk=asked.disk,
+        first_extra_bytes=first_extra_bytes,
+        first_extra_activation_bytes=first_extra_activation_bytes,
+    )
+
+
+def _mapped(asked: OneProcess, inventory: Inventory, *, num_layers: int) -> MappedLayers:
+    gpus = [device.name for device in inventory.devices if device.kind == "cuda"]
+    if asked.device_layers is not None:
+        layers = parse_device_layers(asked.device_layers, num_layers=num_layers, num_devices=len(gpus))
+        return MappedLayers("manual", layers, head_first=True)
+    if asked.device_map is not None:
+        return mapped_layers(asked.device_map, num_layers=num_layers, gpus=gpus)
+    return MappedLayers(asked.placement)
+
+
+def item_devices(placement: Placement) -> tuple[str, ...]:
+    """Where the embedding, each layer, and the output with the final norm lie, in this order."""
+    embedding = next(each.device.name for each in placement.devices if each.holds_embedding)
+    output = next(each.device.name for each in placement.devices if each.holds_head)
+    layers = sorted((each.layers, each.device.name) for each in placement.devices if each.layers.size)
+    return (embedding, *(name for interval, name in layers for _ in range(interval.size)), output)
+
+
+def ranks_inventory(nodes: Sequence[NodeFacts], sizes: Sequence[int], *, device: str) -> Inventory:
+    """A device for each rank, in their order. Nodes on one machine share its memory."""
+    ranks: Counter[str] = Counter()
+    for node, size in zip(nodes, sizes, strict=True):
+        ranks[node.fingerprint.probe.host_id] += size
+    devices: list[Device] = []
+    for node, size in zip(nodes, sizes, strict=True):
+        probe = node.fingerprint.probe
+        found = probed_devices(probe, node=node_name(node.register.worker_id))
+        own = [each for each in found if each.kind == device]
+        devices += rank_devices(own, size, ranks_on_machine=ranks[probe.host_id])
+    return make_inventory(devices)
+
+
+def process_inventory(node: NodeFacts, *, device: str, asked: OneProcess) -> Inventory:
+    """All devices of one node's process, of which the GPUs count unless the ranks are to run on the CPU."""
+    found = probed_devices(node.fingerprint.probe, node=node_name(node.register.worker_id))
+    return make_inventory(
+        process_devices(found, cpu_only=device == "cpu", disk=asked.disk, max_memory=asked.max_memory)
+    )

@@ -1,0 +1,257 @@
+"""Places that layers can be on, and tables of what each run of layers needs and takes there.
+
+A place is the ranks of a stage, each with a device, or in one process a device by itself. Of a run of layers, a table
+tells for each place whether it fits and how long a decode step of it takes; search.py finds the best runs in them.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby
+from typing import Literal
+
+import numpy as np
+
+from tpdist.plan import costs, speed
+from tpdist.plan.costs import Bytes, ItemBytes, WeightItems
+from tpdist.plan.memory import DEFAULT_CPU_CACHE_BYTES, DTYPE_BYTES, cuda_usable_bytes
+from tpdist.plan.model_config import ModelConfig
+from tpdist.plan.placement import Demand, Device, Inventory
+from tpdist.plan.search import Costs
+from tpdist.plan.shards import Interval, Partition, Weights
+
+Mode = Literal["ranks", "devices"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Extra:
+    """What stays on the first device besides the decoder, such as an image encoder."""
+
+    bytes: int = 0
+    activation_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Place:
+    """`devices` in the order of the ranks that `partition` deals a stage to."""
+
+    devices: tuple[Device, ...]
+    partition: Partition
+
+
+@dataclass(frozen=True, kw_only=True)
+class Need:
+    """What one device needs for its layers, besides a cache, of which `token_bytes` is what a token takes."""
+
+    device: Device
+    stage: int
+    tp_rank: int
+    layers: Interval
+    holds_embedding: bool
+    holds_head: bool
+    usable_bytes: int
+    weight_bytes: int
+    activation_bytes: int
+    communication_bytes: int
+    overhead_bytes: int
+    token_bytes: int
+
+    @property
+    def fixed_bytes(self) -> int:
+        return self.weight_bytes + self.activation_bytes + self.communication_bytes + self.overhead_bytes
+
+    @property
+    def room_bytes(self) -> int:
+        """What is left for a cache; negative if it does not fit without one."""
+        return self.usable_bytes - self.fixed_bytes
+
+
+class Model:
+    """A model's sizes on any rank of any partition, each worked out once."""
+
+    def __init__(self, config: ModelConfig, weights: Weights, extra: Extra) -> None:
+        self.config = config
+        self.weights = weights
+        self.extra = extra
+        self.num_layers = config.num_hidden_layers
+        self._items = WeightItems(config, weights)
+        self._ropes = costs.rope_bytes(config)
+        self._on_rank: dict[tuple[tuple[int, ...], int, str], ItemBytes] = {}
+        self._tables: dict[tuple[tuple[int, ...], int, str, bool], Bytes] = {}
+
+    def items(self, partition: Partition, rank: int, dtype: str) -> ItemBytes:
+        key = (partition.shares, rank, dtype)
+        if key not in self._on_rank:
+            self._on_rank[key] = self._items.on_rank(partition, rank, dtype_bytes=DTYPE_BYTES[dtype])
+        return self._on_rank[key]
+
+    def weight_table(self, partition: Partition, rank: int, dtype: str, *, head_first: bool) -> Bytes:
+        """Weights and buffers by interval of layers, [num_layers + 1, num_layers + 1]; not to be changed."""
+        key = (partition.shares, rank, dtype, head_first)
+        if key not in self._tables:
+            table = self.items(partition, rank, dtype).by_interval(head_first=head_first) + self._ropes
+            table[0, :] += self.extra.bytes
+            self._tables[key] = table
+        return self._tables[key]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """`places` of a model. In mode `ranks` each device is a process' own, and the places are stages in their order. The
+    output layer goes with the last layer, or with `head_first` with the first."""
+
+    model: Model
+    inventory: Inventory
+    places: tuple[Place, ...]
+    mode: Mode
+    head_first: bool = False
+
+    @cached_property
+    def local_ranks(self) -> Counter[str]:
+        """How many ranks each node has."""
+        return Counter(device.node for place in self.places for device in place.devices)
+
+    def overflow(self, demand: Demand, *, tokens: int = 0) -> Bytes:
+        """[num_places, num_layers + 1, num_layers + 1]: by how much a run of layers exceeds the fullest device of a
+        place; not above 0 where it fits. The cache is what the demand needs, and of `tokens` at least."""
+        return np.stack([self._overflow(place, demand, tokens) for place in self.places])
+
+    def need(self, place_index: int, tp_rank: int, layers: Interval, *, stage: int, demand: Demand) -> Need:
+        """What a device of a place needs for `layers`, as `stage` of all."""
+        place = self.places[place_index]
+        device, num_layers = place.devices[tp_rank], self.model.num_layers
+        is_first = layers.start == 0
+        is_last = is_first if self.head_first else layers.stop == num_layers
+        return Need(
+            device=device,
+            stage=stage,
+            tp_rank=tp_rank,
+            layers=layers,
+            holds_embedding=is_first,
+            holds_head=is_last,
+            usable_bytes=usable_bytes(device, demand),
+            weight_bytes=int(self._weights(place, tp_rank, demand)[layers.start, layers.stop]),
+            activation_bytes=self._activations(place, tp_rank, demand, is_first=is_first, is_last=is_last),
+            communication_bytes=self._communication(place, tp_rank, demand, is_first=is_first, is_last=is_last),
+            overhead_bytes=costs.overhead_bytes(device.kind),
+            token_bytes=layers.size * self._layer_token_bytes(place, tp_rank, demand),
+        )
+
+    def seconds(self, demand: Demand) -> Costs:
+        """[num_places, num_layers + 1, num_layers + 1]: of a decode step of a run of layers, without what follows."""
+        return np.stack([self._seconds(place, demand) for place in self.places])
+
+    def transfers(self, demand: Demand) -> Costs:
+        """[num_places, num_places]: seconds from one place to another."""
+        num_bytes = speed.hidden_row_bytes(self.model.config, demand)
+        firsts = [place.devices[0] for place in self.places]
+        rows = [[speed.send_s(num_bytes, speed.link_between(self.inventory, a, b)) for b in firsts] for a in firsts]
+        return np.array(rows)
+
+    def return_s(self, places: Sequence[int], demand: Demand) -> float:
+        """Seconds for the way back from the last place to the first: of tokens, or of hidden states to the output."""
+        if len(places) < 2 or (self.mode == "devices" and not self.head_first):
+            return 0.0
+        first, last = (self.places[each].devices[0] for each in (places[0], places[-1]))
+        num_bytes = speed.hidden_row_bytes(self.model.config, demand) if self.head_first else 0
+        return speed.send_s(num_bytes, speed.link_between(self.inventory, last, first))
+
+    def _overflow(self, place: Place, demand: Demand, tokens: int) -> Bytes:
+        tokens = max(tokens, costs.demanded_tokens(demand))
+        sizes = np.arange(self.model.num_layers + 1)
+        num_layers = np.maximum(sizes[None, :] - sizes[:, None], 0)
+        worst = np.full(num_layers.shape, np.iinfo(np.int64).min)
+        for rank, device in enumerate(place.devices):
+            kv = num_layers * (tokens * self._layer_token_bytes(place, rank, demand))
+            table = self._weights(place, rank, demand) + kv
+            room = usable_bytes(device, demand) - costs.overhead_bytes(device.kind)
+            table += self._beside(place, rank, demand) - room
+            np.maximum(worst, table, out=worst)
+            limit = self.cache_limit(device, demand)
+            if limit is not None:
+                np.maximum(worst, kv - limit, out=worst)
+        return worst
+
+    def _weights(self, place: Place, rank: int, demand: Demand) -> Bytes:
+        return self.model.weight_table(place.partition, rank, demand.dtype, head_first=self.head_first)
+
+    def _beside(self, place: Place, rank: int, demand: Demand) -> Bytes:
+        """Activations and communication by interval: they differ only where an interval has an end of the model."""
+        size = self.model.num_layers + 1
+        table = np.empty((size, size), dtype=np.int64)
+        for is_first, rows in ((False, slice(1, None)), (True, slice(0, 1))):
+            for is_last, columns in ((False, slice(0, -1)), (True, slice(-1, None))):
+                ends = {"is_first": is_first, "is_last": is_first if self.head_first else is_last}
+                table[rows, columns] = self._activations(place, rank, demand, **ends)
+                table[rows, columns] += self._communication(place, rank, demand, **ends)
+        return table
+
+    def cache_limit(self, device: Device, demand: Demand) -> int | None:
+        """The most that a cache may take on a device whatever is free; None if only room decides. In one process the
+        limit is for all devices together, and does not depend on where layers are."""
+        if self.mode == "devices":
+            return None
+        if demand.kv_cache_memory_bytes is not None:
+            return demand.kv_cache_memory_bytes
+        return DEFAULT_CPU_CACHE_BYTES // self.local_ranks[device.node] if device.kind == "cpu" else None
+
+    def _layer_token_bytes(self, place: Place, rank: int, demand: Demand) -> int:
+        dtype_bytes = DTYPE_BYTES[demand.dtype]
+        return costs.kv_bytes_per_layer(self.model.config, place.partition, rank, dtype_bytes=dtype_bytes)
+
+    def _activations(self, place: Place, rank: int, demand: Demand, *, is_first: bool, is_last: bool) -> int:
+        config, extra = self.model.config, self.model.extra
+        peaks = [costs.forward_bytes(config, place.partition, rank, demand)]
+        if is_last:
+            kind = place.devices[rank].kind
+            peaks.append(costs.logits_bytes(config, place.partition, rank, demand, kind=kind))
+        if is_first:
+            peaks.append(extra.activation_bytes)
+        return max(peaks)
+
+    def _communication(self, place: Place, rank: int, demand: Demand, *, is_first: bool, is_last: bool) -> int:
+        hidden = costs.hidden_bytes(self.model.config, demand)
+        received = 0 if is_first else hidden
+        if self.mode == "devices":
+            return received
+        sent = 0 if is_last or rank > 0 else hidden * len(self.places)
+        if place.devices[rank].kind == "cuda":
+            world_size = sum(len(each.devices) for each in self.places)
+            return received + sent + costs.nccl_bytes(tp_size=len(place.devices), world_size=world_size)
+        hosts = [len(list(run)) for _, run in groupby(device.node for device in place.devices)]
+        return received + sent + costs.gloo_bytes(hosts, rank, hidden_bytes=hidden)
+
+    def _seconds(self, place: Place, demand: Demand) -> Costs:
+        config, size = self.model.config, len(place.devices)
+        link = speed.slowest_link(self.inventory, place.devices)
+        table = np.max([self._read_s(place, rank, demand) for rank in range(size)], axis=0)
+        steps = np.arange(self.model.num_layers + 1)
+        exchange_s = speed.layer_exchange_s(config, demand, size=size, link=link)
+        table += np.maximum(steps[None, :] - steps[:, None], 0) * exchange_s
+        table[0, :] += speed.first_exchange_s(config, demand, size=size, link=link)
+        table[1:, :] += speed.send_s(speed.hidden_row_bytes(config, demand), link)
+        table[:, -1] += speed.last_exchange_s(config, demand, place.partition, link=link)
+        made: Costs = table
+        return made
+
+    def _read_s(self, place: Place, rank: int, demand: Demand) -> Costs:
+        """Seconds that a device reads for: layers, the last norm and the output layer, which may be the embedding."""
+        items = self.model.items(place.partition, rank, demand.dtype)
+        cached = np.array(speed.tokens_read(self.model.config, demand)) * self._layer_token_bytes(place, rank, demand)
+        table = costs.sums_of_runs(items.layers + cached)
+        last = table[0, :] if self.head_first else table[:, -1]
+        last += items.final_norm + items.head
+        made: Costs = table / place.devices[rank].bandwidth
+        return made
+
+
+def usable_bytes(device: Device, demand: Demand) -> int:
+    """What may be used of a device at all."""
+    if device.kind != "cuda":
+        return device.free_bytes
+    return cuda_usable_bytes(
+        free_bytes=device.free_bytes,
+        total_bytes=device.total_bytes,
+        gpu_memory_utilization=demand.gpu_memory_utilization,
+    )
