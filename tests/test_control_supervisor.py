@@ -84,6 +84,7 @@ class Node:
             "spawn": True,
             "report": self._report,
             "log_level": "INFO",
+            "trace_folder": None,
         }
         self.supervisor = Supervisor(**{**fields, **options})
 

@@ -14,7 +14,8 @@ from tpdist.control.messages import ProbeReport
 from tpdist.errors import PlanError, SettingsError
 from tpdist.node import probe_in_child
 from tpdist.place import place_of
-from tpdist.plan.inventory import make_inventory, parse_devices, read_inventory
+from tpdist.plan.inventory import make_inventory, parse_devices
+from tpdist.plan.inventory_file import read_inventory
 from tpdist.plan.placement import Device, Inventory
 from tpdist.plan.topology import local_world_sizes
 from tpdist.settings import Role, Settings

@@ -107,9 +107,8 @@ class _Row:
         if cells:
             yield f'<path class="{self._shade}" d="{cells}"/>'
         if plan.layers.size:
-            part = "" if last - first > 0.999 else f", {100 * (last - first):.0f}% of each"
-            heads = f" ({self.heads} heads)"
-            words = f"layers {layers_of(plan.layers)}{part}{heads}"
+            part = "" if last - first > 0.999 else f", share {100 * (last - first):.0f}%"
+            words = f"layers {layers_of(plan.layers)}{part} ({self.heads} heads)"
             yield _text(STRIP_LEFT, top + STRIP_HEIGHT + 15, words, kind="soft")
 
     @property

@@ -8,7 +8,7 @@ pass the AttentionContext through; a backend derives what it needs from it once 
 
 import functools
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
@@ -50,6 +50,20 @@ class AttentionContext:
             self._memo[key] = build()
         value: _T = self._memo[key]
         return value
+
+    def on(self, device: torch.device) -> "AttentionContext":
+        """The same step for layers on another device; copied once a step."""
+        if self.slot_mapping.device == device:
+            return self
+        return self.once(("on", device), lambda: self._copied(device))
+
+    def _copied(self, device: torch.device) -> "AttentionContext":
+        return replace(
+            self,
+            slot_mapping=self.slot_mapping.to(device),
+            block_tables=self.block_tables.to(device),
+            device_lens=None if self.device_lens is None else self.device_lens.to(device),
+        )
 
 
 class AttentionBackend(Protocol):

@@ -23,6 +23,7 @@ key-value heads and I columns of the MLP on this rank, head size D, d bytes an e
                                                                     for padding, or for a recorded step's own copy
     logits     T H d + n H d + n V_r d                              n rows, V_r of the V words on this rank
                + 2 n V d + 4 n V + SAMPLER_BYTES * part             shards joined, as float32, and a part drawn from
+               + DIGITS_BYTES * rows of a part                      sums by digit, of a row that is cut by mass
 """
 
 import math
@@ -53,6 +54,9 @@ SAMPLER_PART = {"cpu": 2**17, "cuda": 2**22}
 SAMPLER_BYTES = 48
 """Rows are drawn from in parts of so many logits (engine/sampler.py). For each: two copies and a temporary of 4 bytes,
 masses of 8, digits of 4 and 8, sums of 8, and booleans."""
+
+DIGITS_BYTES = 2 * 8 * (2**15 + 1)
+"""Of each row that is drawn from: sums by digit (engine/sampler.py), of one digit while those of the next are made."""
 
 LOGPROB_ROWS = 32
 LOGPROB_BYTES = 24
@@ -195,10 +199,12 @@ def logits_bytes(config: ModelConfig, partition: Partition, rank: int, demand: D
     held = _step_tokens(demand) * hidden * d + rows * (hidden + shards[rank]) * d
     if rank > 0:
         return held + rows * max(shards) * d * (max(shards) > shards[rank])
-    part = min(rows * vocab, max(vocab, SAMPLER_PART["cpu" if kind == "cpu" else "cuda"]))
+    drawn = min(rows, max(1, SAMPLER_PART["cpu" if kind == "cpu" else "cuda"] // vocab))
     scored = min(rows, LOGPROB_ROWS) * vocab * LOGPROB_BYTES
     joined = rows * d * (vocab + len(shards) * max(shards)) if len(shards) > 1 else 0
-    return held + max(joined + rows * vocab * 4, rows * vocab * 4 + max(SAMPLER_BYTES * part, scored))
+    return held + max(
+        joined + rows * vocab * 4, rows * vocab * 4 + max(drawn * (SAMPLER_BYTES * vocab + DIGITS_BYTES), scored)
+    )
 
 
 def hidden_bytes(config: ModelConfig, demand: Demand) -> int:

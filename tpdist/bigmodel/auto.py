@@ -1,0 +1,203 @@
+"""The exact placement of a model's modules: what search.py finds, as a device map.
+
+A model that fits is never spilled: see search.py for what is wanted, and in which order. Modules are split only where a
+border between devices falls into them. Tied parameters stay together, with the modules that hold them, at the place of
+the first, and count once.
+"""
+
+from bisect import bisect
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from tpdist.bigmodel.device_map import clean_device_map
+from tpdist.bigmodel.devices import Device
+from tpdist.bigmodel.memory import get_max_memory
+from tpdist.bigmodel.search import Piece, place
+from tpdist.bigmodel.sizes import (
+    Dtype,
+    Part,
+    as_dtype,
+    class_names,
+    direct_parts,
+    is_whole,
+    loaded_byte_size,
+    special_types,
+)
+from tpdist.bigmodel.tied import find_tied_parameters, warn_if_not_tied
+
+
+@dataclass
+class _Unit:
+    """What is never split, or several of them that must stay together. `num_bytes` counts a tensor at the first unit
+    that has it; `layer_bytes` is what the largest layer of the unit needs to run."""
+
+    names: list[str]
+    num_bytes: int
+    layer_bytes: int
+    parameters: set[int] = field(default_factory=set)
+
+
+def auto_device_map(
+    model: nn.Module,
+    max_memory: Mapping[Device, int | str] | None = None,
+    no_split_module_classes: str | Iterable[str] | None = None,
+    dtype: Dtype | None = None,
+    special_dtypes: Mapping[str, Dtype] | None = None,
+    verbose: bool = False,
+    clean_result: bool = True,
+    offload_buffers: bool = False,
+    fallback_allocation: bool = False,
+) -> dict[str, Device]:
+    """Where each module goes so that the fast devices hold as much as they can; infer_auto_device_map's signature.
+
+    Without `no_split_module_classes`, those of the model's `_no_split_modules`. `fallback_allocation` changes nothing:
+    the search already considers all placements. Nor does `offload_buffers`: buffers count with their modules.
+    """
+    memory = get_max_memory(max_memory)
+    warn_if_not_tied(model, find_tied_parameters(model))
+    units = _units(model, no_split_classes(model, no_split_module_classes), _Sizes(dtype, special_dtypes))
+    gpus = [device for device in memory if device not in ("cpu", "disk")]
+    devices = [*gpus, "cpu", "disk"]
+    placed = _placed(units, [memory[gpu] for gpu in gpus], memory.get("cpu", 0))
+    where = {name: devices[device] for unit, device in zip(units, placed, strict=True) for name in unit.names}
+    if verbose:
+        for unit, device in zip(units, placed, strict=True):
+            print(f"{', '.join(unit.names)} ({unit.num_bytes} bytes) goes to {devices[device]}")
+    device_map = {name: where[name] for name in _in_model_order(model, where)}
+    return clean_device_map(device_map) if clean_result else device_map
+
+
+def _placed(units: list[_Unit], gpu_bytes: list[int], cpu_bytes: int) -> list[int]:
+    """The number of each unit's device: the GPUs, the CPU, the disk. What takes no bytes fits on the first."""
+    if not any(unit.num_bytes for unit in units):
+        return [0] * len(units)
+    pieces = [
+        # A buffer that several layers share counts once, but is in each of them.
+        Piece(unit.num_bytes, min(unit.layer_bytes, unit.num_bytes), _common_modules(before, unit))
+        for before, unit in pairwise([_Unit([""], 0, 0), *units])
+    ]
+    return place(pieces, gpu_bytes=gpu_bytes, cpu_bytes=cpu_bytes)
+
+
+def spilled_bytes(model: nn.Module, device_map: Mapping[str, Device], dtype: Dtype | None = None) -> tuple[int, int]:
+    """Bytes that a map puts on the disk, and on the CPU; less is better, the disk first."""
+    units = _units(model, list(device_map), _Sizes(dtype, None), by_name=True)
+    found = {"disk": 0, "cpu": 0}
+    for unit in units:
+        device = device_map.get(unit.names[0])
+        if device == "disk" or device == "cpu":
+            found[str(device)] += unit.num_bytes
+    return found["disk"], found["cpu"]
+
+
+def no_split_classes(model: nn.Module, given: str | Iterable[str] | None) -> list[str]:
+    """The classes that a user named, or else those that the model names itself."""
+    return class_names(getattr(model, "_no_split_modules", None) if given is None else given)
+
+
+class _Sizes:
+    """Bytes of tensors once they are loaded. A bool takes a byte, whatever compute_module_sizes says."""
+
+    def __init__(self, dtype: Dtype | None, special_dtypes: Mapping[str, Dtype] | None) -> None:
+        self._dtype = None if dtype is None else as_dtype(dtype)
+        self._special = special_types(special_dtypes)
+
+    def of(self, name: str, tensor: Tensor) -> int:
+        if tensor.dtype == torch.bool and name not in self._special:
+            return tensor.numel()
+        size = loaded_byte_size(tensor, name=name, dtype=self._dtype, special_dtypes=self._special)
+        return -int(-tensor.numel() * size // 1)
+
+
+def _units(model: nn.Module, no_split: list[str], sizes: _Sizes, *, by_name: bool = False) -> list[_Unit]:
+    """The model in pieces that hold something, in order. `by_name`: `no_split` are names of modules, not classes."""
+    counted: set[int] = set()
+    units = [_unit(name, part, sizes, counted) for name, part in _whole_parts("", model, no_split, by_name=by_name)]
+    return _join_empty(_join_tied(units))
+
+
+def _whole_parts(
+    name: str, part: nn.Module | Tensor, no_split: list[str], *, by_name: bool
+) -> Iterable[tuple[str, nn.Module | Tensor]]:
+    if not isinstance(part, nn.Module) or (name in no_split if by_name else is_whole(part, no_split)):
+        yield name, part
+        return
+    for child_name, child in direct_parts(name, part):
+        yield from _whole_parts(child_name, child, no_split, by_name=by_name)
+
+
+def _unit(name: str, part: nn.Module | Tensor, sizes: _Sizes, counted: set[int]) -> _Unit:
+    tensors: dict[str, Tensor] = {"": part} if isinstance(part, Tensor) else {}
+    if isinstance(part, nn.Module):
+        tensors = {**dict(part.named_parameters()), **dict(part.named_buffers())}
+    num_bytes = layer_bytes = 0
+    for leaf, tensor in tensors.items():
+        size = sizes.of(".".join(filter(None, (name, leaf))), tensor)
+        layer_bytes += size
+        if id(tensor) not in counted:
+            num_bytes += size
+            counted.add(id(tensor))
+    parameters = {id(tensor) for tensor in tensors.values() if isinstance(tensor, nn.Parameter)}
+    return _Unit([name], num_bytes, layer_bytes, parameters)
+
+
+def _join_tied(units: list[_Unit]) -> list[_Unit]:
+    """Units that share parameters become one, at the place of the first."""
+    joined: dict[int, _Unit] = {}
+    owner: dict[int, int] = {}
+    for place_of, unit in enumerate(units):
+        places = sorted({owner[parameter] for parameter in unit.parameters if parameter in owner})
+        target = places[0] if places else place_of
+        joined.setdefault(target, _Unit([], 0, 0))
+        for other in (*(joined.pop(later) for later in places[1:]), unit):
+            _add(joined[target], other)
+        owner.update(dict.fromkeys(joined[target].parameters, target))
+    return [joined[place_of] for place_of in sorted(joined)]
+
+
+def _add(unit: _Unit, other: _Unit) -> None:
+    unit.names += other.names
+    unit.num_bytes += other.num_bytes
+    unit.layer_bytes = max(unit.layer_bytes, other.layer_bytes)
+    unit.parameters |= other.parameters
+
+
+def _join_empty(units: list[_Unit]) -> list[_Unit]:
+    """Units without bytes (an activation function, for example) go with the neighbour that they share more modules
+    with, so that none of them splits a module for nothing. If nothing has bytes, they stay."""
+    full = [place_of for place_of, unit in enumerate(units) if unit.num_bytes]
+    if not full:
+        return units
+    for place_of, unit in enumerate(units):
+        if not unit.num_bytes:
+            following = bisect(full, place_of)
+            neighbours = [full[max(0, following - 1)], full[min(following, len(full) - 1)]]
+            nearest = max(neighbours, key=lambda other: _common_modules(units[other], units[place_of]))
+            units[nearest].names += unit.names
+    return [units[place_of] for place_of in full]
+
+
+def _common_modules(unit: _Unit, other: _Unit) -> int:
+    """How many modules hold both: what a border between the two would split."""
+    pairs = zip(unit.names[0].split(".")[:-1], other.names[0].split(".")[:-1], strict=False)
+    count = 0
+    for left, right in pairs:
+        if left != right:
+            break
+        count += 1
+    return count
+
+
+def _in_model_order(model: nn.Module, names: Mapping[str, Device]) -> Iterable[str]:
+    root: list[Part] = [("", model)]
+    pending = root if "" in names else direct_parts("", model)[::-1]
+    while pending:
+        name, part = pending.pop()
+        if name in names:
+            yield name
+        elif isinstance(part, nn.Module):
+            pending += direct_parts(name, part)[::-1]

@@ -1,0 +1,102 @@
+"""Which tensors of which safetensors files stand for the parts of a model that are on the disk."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tpdist.bigmodel.align import Slot
+from tpdist.bigmodel.device_map import NUM_SHOWN
+from tpdist.bigmodel.devices import DeviceMapError
+from tpdist.bigmodel.sizes import as_dtype
+from tpdist.checkpoint.header import TensorEntry, read_header
+from tpdist.checkpoint.tensors import write_tensors
+from tpdist.errors import CheckpointError
+
+OffloadIndex = Mapping[str, tuple[TensorEntry, torch.dtype | None]]
+OFFLOAD_FILE = "offloaded.safetensors"
+# Where load_checkpoint_in_model leaves the entries of what it did not read, by name, for dispatch_model.
+REMEMBERED = "_tpdist_offload_entries"
+
+
+def remember_entries(model: nn.Module, entries: Mapping[str, TensorEntry]) -> None:
+    model.__dict__[REMEMBERED] = dict(entries)
+
+
+def disk_entries(
+    model: nn.Module, places: Sequence[Slot], *, folder: Path | None, index: Mapping[str, Any] | None
+) -> OffloadIndex:
+    """The tensor in a file for each of these places, and the type that it is wanted in (None: the place's).
+
+    What is in memory is written to `folder`; what is on the meta device is looked up in `index`, then in the checkpoint
+    that it was left in, then in what is in `folder` already. A name that is not there is looked for under the other
+    names of its parameter. Raises DeviceMapError for what is nowhere, CheckpointError for files.
+    """
+    known: dict[str, tuple[TensorEntry, torch.dtype | None]] = {}
+    known |= {name: (entry, None) for name, entry in _in_folder(folder).items()}
+    known |= {name: (entry, None) for name, entry in model.__dict__.get(REMEMBERED, {}).items()}
+    known |= _of_index(index or {})
+    written = _write(places, folder, skip=set(index or ()))
+    known |= {name: (entry, None) for name, entry in written.items()}
+    aliases = _aliases(model)
+    found = {slot.name: _first(known, aliases.get(slot.name, [slot.name])) for slot in places}
+    if missing := [name for name, entry in found.items() if entry is None]:
+        raise DeviceMapError(
+            f"the device map puts {len(missing)} tensors on the disk that are in no file: "
+            f"{', '.join(missing[:NUM_SHOWN])}; load the checkpoint with this device map, or give an offload_index"
+        )
+    return {name: entry for name, entry in found.items() if entry is not None}
+
+
+def _first(known: OffloadIndex, names: Sequence[str]) -> tuple[TensorEntry, torch.dtype | None] | None:
+    return next((known[name] for name in names if name in known), None)
+
+
+def _aliases(model: nn.Module) -> dict[str, list[str]]:
+    """All names of each tensor, its own first."""
+    names: dict[int, list[str]] = {}
+    for name, tensor in (
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),
+    ):
+        names.setdefault(id(tensor), []).append(name)
+    return {name: [name, *(other for other in group if other != name)] for group in names.values() for name in group}
+
+
+def _in_folder(folder: Path | None) -> dict[str, TensorEntry]:
+    file = None if folder is None else folder / OFFLOAD_FILE
+    return {} if file is None or not file.is_file() else {entry.name: entry for entry in read_header(file)}
+
+
+def _of_index(index: Mapping[str, Any]) -> OffloadIndex:
+    """The entries of an offload_index: for each name its safetensors_file, and perhaps weight_name and dtype."""
+    headers: dict[Path, dict[str, TensorEntry]] = {}
+    found: dict[str, tuple[TensorEntry, torch.dtype | None]] = {}
+    for name, where in index.items():
+        if not isinstance(where, Mapping) or "safetensors_file" not in where:
+            raise DeviceMapError(f"offload_index gives no safetensors_file for {name}; other formats are not read")
+        file, stored_name = Path(where["safetensors_file"]), where.get("weight_name", name)
+        if file not in headers:
+            headers[file] = {entry.name: entry for entry in read_header(file)}
+        if stored_name not in headers[file]:
+            raise CheckpointError(f"{file} holds no tensor {stored_name}, though offload_index says so of {name}")
+        dtype = as_dtype(where["dtype"]) if "dtype" in where else None
+        found[name] = (headers[file][stored_name], dtype)
+    return found
+
+
+def _write(places: Sequence[Slot], folder: Path | None, *, skip: set[str]) -> dict[str, TensorEntry]:
+    """Write what has values to the folder; a parameter that stands at several places once, under its first name."""
+    values: dict[int, tuple[str, Tensor]] = {}
+    for slot in places:
+        if slot.tensor.device.type != "meta" and slot.name not in skip:
+            values.setdefault(id(slot.tensor), (slot.name, slot.tensor))
+    if values and folder is None:
+        names = [name for name, _ in values.values()]
+        raise DeviceMapError(
+            f"the device map puts {len(names)} tensors on the disk that are in memory: {', '.join(names[:NUM_SHOWN])}; "
+            f"give a folder to write them to (offload_dir or offload_folder)"
+        )
+    return {} if folder is None or not values else write_tensors(folder / OFFLOAD_FILE, dict(values.values()))
