@@ -107,6 +107,7 @@ def assigns_of(sizes: Sequence[int]) -> tuple[Assign, ...]:
             tp_size=sum(sizes),
             stages=(StageAssign(start=0, stop=3, shares=(1,) * sum(sizes)),),
             item_devices=(),
+            most_blocks=100,
             backend="gloo",
             threads=1,
             interface=None,

@@ -1,4 +1,4 @@
-"""The exact planner on random models: it never spills a model that fits, keeps what belongs together, and covers all."""
+"""The exact planner on random models: it spills no model that fits, keeps what belongs together, covers all."""
 
 import random
 
@@ -92,8 +92,8 @@ def test_a_model_that_fits_is_never_spilled(seed: int) -> None:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_no_greedy_map_is_better(seed: int) -> None:
-    """The greedy one keeps room for offloaded layers on GPU 0 even if it puts nothing there, and they run on another; and
-    none for tensors beside submodules."""
+    """Where both keep room alike: the greedy one keeps it on GPU 0 even if they run on another, since nothing else is
+    there, and keeps none for tensors beside submodules."""
     compared = 0
     for draw in cases(50 + seed, 300):
         model = random_module(draw, own_parameters=False)
@@ -177,5 +177,5 @@ def test_many_layers_take_a_moment_only() -> None:
     with torch.device("meta"):
         model = nn.ModuleList(nn.ModuleList(nn.Linear(8, draw.randint(1, 64)) for _ in range(40)) for _ in range(60))
     total = compute_module_sizes(model)[""]
-    device_map = auto_device_map(model, {gpu: total // 5 for gpu in range(5)} | {"cpu": total})
+    device_map = auto_device_map(model, dict.fromkeys(range(5), total // 5) | {"cpu": total})
     check_device_map(model, device_map)

@@ -34,6 +34,7 @@ ROOMS = (
     ("engine",),
     ("preflight", "probe"),
     ("meeting",),
+    ("loading", "cache_room"),
     ("rank",),
     ("worker",),
     ("node",),

@@ -135,16 +135,26 @@ def test_milliseconds_have_two_digits(seconds: float, words: str) -> None:
 # -- predicted and measured -------------------------------------------------------------------------------------------
 
 
-def test_measured_bytes_stand_beside_the_predicted_ones() -> None:
+def held(device: str, weights: int, cache: int) -> dict[str, object]:
+    return {"device": device, "weight_bytes": weights * GIB, "kv_cache_bytes": cache * GIB}
+
+
+def compared(plan: dict[str, object], ranks: dict[int, dict[str, object]]) -> list[str]:
     console = Console(file=StringIO(), width=80)
-    measured = {0: {"weight_bytes": 41 * GIB, "kv_cache_bytes": 20 * GIB}, 5: {"weight_bytes": 12 * GIB}}
-    console.print(compare(two_stages(two_nodes()).as_dict(), measured))
-    lines = [plain(line) for line in console.file.getvalue().splitlines()]  # type: ignore[attr-defined]
-    assert "0 40.0 GiB 41.0 GiB +2.5% 20.0 GiB 20.0 GiB +0.0%" in lines
-    assert "1 40.0 GiB - - 20.0 GiB - -" in lines
-    assert "5 12.0 GiB 12.0 GiB +0.0% 6.0 GiB - -" in lines
+    console.print(compare(plan, ranks))
+    return [plain(line) for line in console.file.getvalue().splitlines()]  # type: ignore[attr-defined]
 
 
-def test_devices_that_are_no_ranks_are_not_compared() -> None:
+def test_measured_bytes_stand_beside_the_predicted_ones() -> None:
+    ranks = {0: {"held": [held("cuda:0", 41, 20)]}, 5: {"held": []}}
+    lines = compared(two_stages(two_nodes()).as_dict(), ranks)
+    assert "rank 0 40.0 GiB 41.0 GiB +2.5% 20.0 GiB 20.0 GiB +0.0%" in lines
+    assert "rank 1 40.0 GiB - - 20.0 GiB - -" in lines
+    assert "rank 5 12.0 GiB - - 6.0 GiB - -" in lines
+
+
+def test_the_devices_of_one_process_are_compared_by_name() -> None:
     _, placement = one_process()
-    assert compare(placement.as_dict(), {}).row_count == 0
+    names = [each.device.name for each in placement.devices]
+    lines = compared(placement.as_dict(), {0: {"held": [held(names[0], 1, 1)]}})
+    assert [line.split()[0] for line in lines[-len(names) :]] == names

@@ -18,10 +18,11 @@ from pathlib import Path
 
 from tpdist import log
 from tpdist.control.agent import Outcome
-from tpdist.control.messages import RankUpdate
+from tpdist.control.messages import ClusterState, RankUpdate
 from tpdist.errors import RequestError, SettingsError, TpdistError
 from tpdist.node import Model, Node, handled_signals, open_model_later, run_directory
 from tpdist.parent import follow_parent
+from tpdist.plan.placement import Placement
 from tpdist.server.api import create_app
 from tpdist.server.http import HttpServer, bind, check_certificate
 from tpdist.server.tokenizer import Tokenizer, open_tokenizer
@@ -40,8 +41,11 @@ async def serve(
     run_dir: Path | None = None,
     supervise: bool = True,
     on_rank_update: Callable[[RankUpdate], None] | None = None,
+    on_plan: Callable[[Model, Placement], None] | None = None,
+    on_ready: Callable[[ClusterState], None] | None = None,
 ) -> Outcome:
-    """Run this node until its cluster ends. Raises what is wrong before it starts.
+    """Run this node until its cluster ends. Raises what is wrong before it starts. `on_plan` and `on_ready` are called
+    when the head has planned, and when all ranks are ready.
 
     `run_dir` and `supervise` False come from torchrun, whose ranks look for their agent in that folder.
     """
@@ -54,7 +58,13 @@ async def serve(
         if settings.role is Role.SINGLE and Path(model).is_dir():
             await opening
         node = Node(
-            settings, opening, environ=environ, run_dir=folder, supervise=supervise, on_rank_update=on_rank_update
+            settings,
+            opening,
+            environ=environ,
+            run_dir=folder,
+            supervise=supervise,
+            on_rank_update=on_rank_update,
+            on_plan=on_plan,
         )
         with handled_signals(node):
             if not supervise:
@@ -62,7 +72,7 @@ async def serve(
             running = asyncio.create_task(node.run())
             await asyncio.wait({running, opening}, return_when=asyncio.FIRST_COMPLETED)
             if opening.done() and opening.exception() is None:
-                await _serve_http(settings, opening.result(), model, node, running, listener, api_keys)
+                await _serve_http(settings, opening.result(), model, node, running, listener, api_keys, on_ready)
             return await running
 
 
@@ -74,6 +84,7 @@ async def _serve_http(
     running: "asyncio.Task[Outcome]",
     listener: socket.socket,
     api_keys: list[str],
+    on_ready: Callable[[ClusterState], None] | None,
 ) -> None:
     """Serve the API until the node has ended. A tokenizer that cannot be read ends it."""
     pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenizer")
@@ -89,7 +100,7 @@ async def _serve_http(
     server = HttpServer(app, sock=listener, ssl_certfile=settings.ssl_certfile, ssl_keyfile=settings.ssl_keyfile)
     await server.start()
     logger.info("HTTP on %s, answering 503 until all ranks are ready", server.url)
-    announcing = asyncio.create_task(_announce(node, asyncio.wrap_future(tokenizer), server.url))
+    announcing = asyncio.create_task(_announce(node, asyncio.wrap_future(tokenizer), server.url, on_ready))
     await asyncio.wait({running})
     announcing.cancel()
     await asyncio.gather(announcing, return_exceptions=True)
@@ -97,7 +108,12 @@ async def _serve_http(
     pool.shutdown(cancel_futures=True)
 
 
-async def _announce(node: Node, tokenizer: "asyncio.Future[Tokenizer]", url: str) -> None:
+async def _announce(
+    node: Node,
+    tokenizer: "asyncio.Future[Tokenizer]",
+    url: str,
+    on_ready: Callable[[ClusterState], None] | None,
+) -> None:
     """Say so when this node serves; end it, and so the cluster, if it never can."""
     try:
         await tokenizer
@@ -112,6 +128,8 @@ async def _announce(node: Node, tokenizer: "asyncio.Future[Tokenizer]", url: str
         await node.agent.wait_ready()
         state = node.agent.state()
         assert state.engine is not None
+        if on_ready is not None:
+            on_ready(state)
         logger.info(
             "ready: %d ranks, %d tokens in the KV cache, up to %d a sequence; try\n  curl %s/v1/models",
             sum(len(each.ranks) for each in state.nodes),

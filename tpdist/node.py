@@ -37,6 +37,7 @@ from tpdist.errors import InterruptedByUser, JoinError, LostError, SettingsError
 from tpdist.models import registry
 from tpdist.place import place_of
 from tpdist.plan.model_config import ModelConfig
+from tpdist.plan.placement import Placement
 from tpdist.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -84,7 +85,8 @@ async def open_model_later(model: str, *, revision: str | None) -> Model:
 
 class Node:
     """One node of a cluster. `model` may still be downloading: the node joins meanwhile. `environ` is what ranks
-    inherit. `supervise` False: torchrun started the ranks."""
+    inherit. `supervise` False: torchrun started the ranks. `on_plan` hears, on a head, what was planned before anything
+    starts."""
 
     def __init__(
         self,
@@ -95,10 +97,12 @@ class Node:
         run_dir: Path,
         supervise: bool = True,
         on_rank_update: Callable[[RankUpdate], None] | None = None,
+        on_plan: Callable[[Model, Placement], None] | None = None,
     ) -> None:
         """Binds the control port. Raises SettingsError when it is taken or must not be opened."""
         self._settings = settings
         self._model = model
+        self._on_plan = on_plan
         self._instance = uuid.uuid4().hex
         self._keys = ClusterKeys.read(settings.key_file) if settings.key_file else None
         self._place = place_of(settings)
@@ -216,7 +220,7 @@ class Node:
 
     def _plan(self, nodes: Sequence[NodeFacts]) -> Layout:
         settings, model = self._settings, self._model.result()
-        return make_layout(
+        layout = make_layout(
             nodes,
             config=model.config,
             weights=registry.weights(model.config),
@@ -230,6 +234,9 @@ class Node:
             hang_timeout_s=settings.hang_timeout_s,
             local_interface=interface_of,
         )
+        if self._on_plan is not None and layout.placement is not None:
+            self._on_plan(model, layout.placement)
+        return layout
 
     def _head_address(self) -> str:
         if self._place.head is None:

@@ -18,8 +18,7 @@ from pathlib import Path
 import msgspec
 import torch
 
-from tpdist.checkpoint.index import CheckpointIndex
-from tpdist.checkpoint.load import load_weights
+from tpdist.cache_room import blocks_with_room
 from tpdist.control.channel import ClusterKeys, Codec, Dealer, Router, wait_any
 from tpdist.control.coordinator import ENGINE_IDENTITY
 from tpdist.control.messages import (
@@ -36,19 +35,21 @@ from tpdist.control.messages import (
     StepResult,
 )
 from tpdist.engine.engine import Engine, LocalExecutor, PipelineExecutor
-from tpdist.engine.kv_cache import allocate, bytes_per_token, num_blocks_that_fit
+from tpdist.engine.kv_cache import allocate
 from tpdist.engine.runner import Runner
 from tpdist.engine.scheduler import Scheduler
 from tpdist.engine.trace import Trace
 from tpdist.errors import RequestError
+from tpdist.loading import held_bytes, load
 from tpdist.meeting import MakeStore, expect, meet, plan_identity
 from tpdist.models import registry
 from tpdist.models.decoder import Decoder
+from tpdist.models.item_devices import ItemDevices, computing_device
 from tpdist.parallel.pipeline import Alone, Pipe, ProcessPipe
 from tpdist.parallel.store import agree_minimum, wait_for_all
-from tpdist.plan.shards import Interval, Partition, Weights
-from tpdist.plan.stages import Stage, stage_weights
-from tpdist.preflight import cgroup
+from tpdist.plan.model_config import ModelConfig
+from tpdist.plan.shards import Interval, Partition
+from tpdist.plan.stages import Stage
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +57,6 @@ IDLE_POLL_S = 1.0
 PROGRESS_INTERVAL_S = 0.2
 STEP_REPORT_INTERVAL_S = 0.5
 WARM_UP_TOKENS = 8
-DEFAULT_CPU_CACHE_BYTES = 4 * 1024**3
 
 
 class Rank:
@@ -69,7 +69,7 @@ class Rank:
         self._settings = start.assign.settings
         self._make_store = make_store
         self._keys = ClusterKeys.read(Path(start.key_file)) if start.key_file else None
-        self._device = _device(self._settings["device"], start.local_rank)
+        self._device = _device(start)
         self._update = RankUpdate(rank=start.rank, pid=os.getpid(), device=str(self._device), phase="start")
         self._next_report = 0.0
         self._unreported = False
@@ -89,8 +89,9 @@ class Rank:
             dtype=_dtype(self._settings["dtype"]),
             device=self._device,
             stage=Stage(Interval(mine.start, mine.stop), config.num_hidden_layers),
+            items=ItemDevices.of(self._assign.item_devices) if self._assign.item_devices else None,
         )
-        self._load(model, stage_weights(registry.weights(config), model.stage), partition)
+        self._load(model, config, partition)
         runner, num_blocks = self._warm_up(model)
         if self._start.rank == 0:
             engine = self._make_engine(runner, num_blocks=num_blocks, vocab_size=config.vocab_size)
@@ -103,14 +104,13 @@ class Rank:
 
     # -- phases -------------------------------------------------------------------------------------------------------
 
-    def _load(self, model: Decoder, weights: Weights, partition: Partition) -> None:
+    def _load(self, model: Decoder, config: ModelConfig, partition: Partition) -> None:
         self._report(phase="load")
-        held = sum(parameter.nbytes for parameter in model.parameters())
         started = time.monotonic()
-        read = load_weights(
+        read = load(
             model,
-            index=CheckpointIndex.read(Path(self._start.model)),
-            weights=weights,
+            config=config,
+            folder=Path(self._start.model),
             partition=partition,
             rank=self._peers.group.rank,
             threads=max(2, self._assign.threads),
@@ -118,33 +118,32 @@ class Rank:
         )
         seconds = time.monotonic() - started
         logger.info("read %.2f GB in %.1f s (%.2f GB/s)", read / 1e9, seconds, read / 1e9 / max(seconds, 1e-9))
-        self._report(phase="warmup", weight_bytes=held)
+        self._report(phase="warmup")
 
     def _warm_up(self, model: Decoder) -> tuple[Runner, int]:
         """Size the KV cache to what every rank can hold, and run once."""
-        settings, assign, store, group = self._settings, self._assign, self._peers.store, self._peers.group
-        shapes = model.cache_shapes()
-        dtype = _dtype(settings["dtype"])
-        num_blocks = num_blocks_that_fit(
-            budget_bytes=self._cache_budget(),
-            bytes_per_token=bytes_per_token(shapes, dtype=dtype),
-            block_size=settings["block_size"],
-            max_num_seqs=settings["max_num_seqs"],
-            max_model_len=assign.max_model_len,
-        )
+        settings, assign, store = self._settings, self._assign, self._peers.store
+        num_blocks = blocks_with_room(model, assign)
         if store is not None:
             rank, world_size, timeout_s = self._start.rank, assign.world_size, assign.load_timeout_s
             num_blocks = agree_minimum(
                 store, key="kv_blocks", value=num_blocks, rank=rank, world_size=world_size, timeout_s=timeout_s
             )
-        block_size = settings["block_size"]
-        cache = allocate(shapes, num_blocks=num_blocks, block_size=block_size, dtype=dtype, device=self._device)
-        pipe = self._open_pipe(model)
+        cache = allocate(
+            model.cache_shapes(),
+            num_blocks=num_blocks,
+            block_size=settings["block_size"],
+            dtype=_dtype(settings["dtype"]),
+            device=model.cache_devices(),
+        )
+        held = held_bytes(model, cache)
+        self._report(weight_bytes=sum(each.weight_bytes for each in held), held=held)
+        trace_folder = self._start.trace_folder
         runner = Runner(
             model,
-            group=group,
-            pipe=pipe,
-            trace=Trace(Path(trace) if (trace := self._start.trace_folder) else None, rank=self._start.rank),
+            group=self._peers.group,
+            pipe=self._open_pipe(model),
+            trace=Trace(Path(trace_folder) if trace_folder else None, rank=self._start.rank),
             cache=cache,
             max_num_seqs=settings["max_num_seqs"],
             max_model_len=assign.max_model_len,
@@ -158,8 +157,8 @@ class Rank:
         return runner, num_blocks
 
     def _uses_graphs(self) -> bool:
-        """A graph's inputs are token ids, so that it holds a whole model only."""
-        whole_model = len(self._assign.stages) == 1
+        """A graph's inputs are token ids and all of it is on one device, so that it holds a whole model only."""
+        whole_model = len(self._assign.stages) == 1 and len(set(self._assign.item_devices)) <= 1
         capturable = self._device.type == "cuda" and self._peers.group.capturable
         return capturable and whole_model and not self._settings["enforce_eager"]
 
@@ -177,18 +176,6 @@ class Rank:
             max_in_flight=num_stages,
             timeout_s=self._assign.hang_timeout_s,
         )
-
-    def _cache_budget(self) -> int:
-        """Bytes for this rank's KV cache: as set, else from what is free now that the weights are in place."""
-        asked: int | None = self._settings["kv_cache_memory_bytes"]
-        if asked is not None:
-            return asked
-        if self._device.type == "cuda":
-            free, total = torch.cuda.mem_get_info(self._device)
-            sharing = -(-self._assign.local_world_size // torch.cuda.device_count())
-            return int(free - (1 - self._settings["gpu_memory_utilization"]) * total) // sharing
-        available = cgroup.memory().available_bytes
-        return min(DEFAULT_CPU_CACHE_BYTES, available // 4) // self._assign.local_world_size
 
     # -- loops --------------------------------------------------------------------------------------------------------
 
@@ -304,10 +291,13 @@ def _take_request(engine: Engine, requests: Dealer, envelope: Envelope) -> None:
             logger.warning("unexpected %s for the engine", type(other).__name__)
 
 
-def _device(kind: str, local_rank: int) -> torch.device:
-    if kind == "cpu":
+def _device(start: RankStart) -> torch.device:
+    """Where this rank computes; with several devices in one process, the first that has a part of the model."""
+    if items := start.assign.item_devices:
+        return computing_device(items[0])
+    if start.assign.settings["device"] == "cpu":
         return torch.device("cpu")
-    device = torch.device("cuda", local_rank % torch.cuda.device_count())
+    device = torch.device("cuda", start.local_rank % torch.cuda.device_count())
     torch.cuda.set_device(device)
     return device
 

@@ -88,8 +88,10 @@ class AlignDevicesHook(ModelHook):
         self.skip_keys = skip_keys
         self.input_device: torch.device | None = None
         self._depth = 0
-        # In the order of the sources, so that one call fetches what comes from one.
-        self._sources = {id(item.source): item.source for item in self.offloaded}
+        by_source: dict[int, list[Offloaded]] = {}
+        for item in self.offloaded:
+            by_source.setdefault(id(item.source), []).append(item)
+        self._by_source = list(by_source.values())
 
     @property
     def offload(self) -> bool:
@@ -127,9 +129,8 @@ class AlignDevicesHook(ModelHook):
         return module
 
     def _load(self) -> None:
-        for key, source in self._sources.items():
-            items = [item for item in self.offloaded if id(item.source) == key]
-            values = source.fetch([item.slot.name for item in items])
+        for items in self._by_source:
+            values = items[0].source.fetch([item.slot.name for item in items])
             for item in items:
                 item.slot.put(like(self._moved(values[item.slot.name], item.placeholder), item.placeholder))
 

@@ -52,19 +52,20 @@ def dispatch_model(
     that no state dict holds always do. `prefetch_blocks` are read ahead of the disk, each into memory of its own; a
     block is a module of `no_split_module_classes`, or of those that the model names.
 
-    Without a disk and with one device only, nothing but model.to(device) happens, unless `force_hooks`.
+    If all is on one device, which is no disk, the model is moved there and gets no hooks, unless `force_hooks`.
     Raises DeviceMapError for a map that does not fit the model or this machine, CheckpointError for files.
     """
     check_device_map(model, device_map)
     remove_hook_from_submodules(model)
     check_tied_parameters_on_same_device(find_tied_parameters(model), device_map)
-    devices = {None if device == "disk" else torch_device(device) for device in device_map.values()}
-    if len(devices) == 1 and None not in devices and not force_hooks:
-        _check_values(model, [slot for slot in slots(model) if slot.tensor.device.type == "meta"])
-        model.to(devices.pop())
+    plan = _Plan(
+        model, device_map, _main_device(device_map, main_device), offload_buffers, tuple(preload_module_classes or ())
+    )
+    devices = {str(device) if device == "disk" else str(torch_device(device)) for device in device_map.values()}
+    if len(devices) == 1 and "disk" not in devices and not force_hooks:
+        plan.main, plan.offloads_cpu = torch_device(devices.pop()), False
+        plan.place_the_rest()
     else:
-        main = _main_device(device_map, main_device)
-        plan = _Plan(model, device_map, main, offload_buffers, tuple(preload_module_classes or ()))
         plan.no_split = no_split_classes(model, no_split_module_classes)
         plan.offload(state_dict, offload_dir, offload_index, prefetch_blocks)
         plan.place_the_rest()

@@ -90,6 +90,7 @@ class _Walk:
     device_map: dict[str, Device] = field(default_factory=dict)
     used: dict[Device, int] = field(default_factory=dict)
     modules_on: dict[Device, list[nn.Module]] = field(default_factory=dict)
+    found: set[tuple[Device, str]] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.devices = [*self.memory, *(["disk"] if "disk" not in self.memory else [])]
@@ -159,11 +160,15 @@ class _Walk:
         return False
 
     def _take_smaller_part(self, name: str, part: nn.Module | Tensor) -> bool:
-        """Find a part among the pending ones that fits on the current, empty device, and make it the next."""
+        """Find a part among the pending ones that fits on the current, empty device, and make it the next.
+
+        A part that did not fit after all, because of others that are tied to it, is not found again for this device.
+        """
         room = self.memory[self.devices[0]] - max(self.largest, self._size_with_ties(name))
         found = self._first_that_fits(room) if room >= 0 else None
-        if found is None:
+        if found is None or (self.devices[0], found[0]) in self.found:
             return False
+        self.found.add((self.devices[0], found[0]))
         for parent in _ancestors(found[0]):
             names = [pending for pending, _ in self.pending]
             if parent in names:

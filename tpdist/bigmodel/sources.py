@@ -15,7 +15,7 @@ from tpdist.errors import CheckpointError
 
 
 class Source(Protocol):
-    """Gives the tensors of one module at a time."""
+    """Gives the tensors of one module at a time. A deep copy of a model shares it."""
 
     def fetch(self, names: Sequence[str]) -> Mapping[str, Tensor]:
         """At least these tensors, by their names in the model. They may be shared: nobody writes to them."""
@@ -30,6 +30,9 @@ class MemorySource:
 
     def fetch(self, names: Sequence[str]) -> Mapping[str, Tensor]:
         return {name: self._tensors[name] for name in names}
+
+    def __deepcopy__(self, memo: object) -> "MemorySource":
+        return self
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,9 @@ class DiskSource:
         for block in blocks:
             tensors |= self._prefetcher.take(block)
         return tensors
+
+    def __deepcopy__(self, memo: object) -> "DiskSource":
+        return self
 
 
 @torch.inference_mode(False)

@@ -9,13 +9,14 @@ import ctypes
 import math
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -67,18 +68,24 @@ def load_weights(
     rank: int,
     threads: int,
     progress: Progress,
+    elsewhere: Collection[str] = (),
+    finish: bool = True,
 ) -> int:
-    """Fill every parameter of `model` with the slices that `rank` of `partition` holds; return the bytes read.
+    """Fill every parameter of `model`, but for those that come from `elsewhere`, with the slices that `rank` of
+    `partition` holds; return the bytes read.
 
     The index must have passed check_names. Values are converted to each parameter's dtype and device. `progress` gets
-    the bytes done and their total, from one thread at a time. Raises CheckpointError for a file that cannot be read.
+    the bytes done and their total, from one thread at a time. With `finish` modules pack what they have got; without,
+    they can be filled again. Raises CheckpointError for a file that cannot be read.
     """
-    _check_coverage(model, weights)
+    _check_coverage(model, weights, elsewhere)
     copies = [copy for spec in weights.specs for copy in _copies(model, index, spec, partition, rank)]
     copies.sort(key=lambda copy: (copy.entry.file, copy.entry.start))
     total = sum(copy.num_bytes for copy in copies)
     _run(_Work(copies, total, progress), threads)
     del copies  # their targets are views of the parameters, which could not be freed
+    if not finish:
+        return total
     for module, leaf in dict.fromkeys(_owner(model, spec.parameter) for spec in weights.specs):
         if isinstance(module, Finishing):
             module.finish_loading(leaf)
@@ -201,8 +208,19 @@ def _owner(model: nn.Module, parameter: str) -> tuple[nn.Module, str]:
     return model.get_submodule(path), leaf
 
 
-def _check_coverage(model: nn.Module, weights: Weights) -> None:
+def mapped_tensor(entry: TensorEntry, dtype: torch.dtype) -> Tensor:
+    """A tensor of a checkpoint where it lies in its mapped file, which takes no memory but the kernel's cache; a copy
+    if it has another dtype. Raises CheckpointError."""
+    try:
+        with safe_open(entry.file, framework="pt") as file:
+            tensor: Tensor = file.get_tensor(entry.name)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"tensor {entry.name} of {entry.file} cannot be read: {error}") from error
+    return tensor.to(dtype)
+
+
+def _check_coverage(model: nn.Module, weights: Weights, elsewhere: Collection[str]) -> None:
     """Our own invariant: the table fills every parameter of the model, and nothing stays uninitialized."""
-    parameters = {name for name, _ in model.named_parameters()}
+    parameters = {name for name, _ in model.named_parameters()} - set(elsewhere)
     filled = {spec.parameter for spec in weights.specs}
     assert parameters == filled, f"weight table and model differ in {sorted(parameters ^ filled)[:5]}"

@@ -235,24 +235,32 @@ def _stage_words(counts: Sequence[int]) -> str:
 # -- predicted and measured -------------------------------------------------------------------------------------------
 
 
-def compare(plan: Mapping[str, Any], measured: Mapping[int, Mapping[str, int]]) -> Table:
-    """What the plan said and what each rank has: weights and KV cache, with the difference in percent of the plan.
+def compare(plan: Mapping[str, Any], ranks: Mapping[int, Mapping[str, Any]]) -> Table:
+    """What the plan said and what each device has: weights and KV cache, with the difference in percent of the plan.
 
-    `plan` is the plan of /v1/cluster; `measured` has weight_bytes and kv_cache_bytes by rank. What is not known yet is
-    a dash.
+    `plan` is the plan of /v1/cluster, and `ranks` are its ranks by number. What is not known yet is a dash.
     """
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 0))
-    table.add_column("rank", justify="right", vertical="bottom")
+    table.add_column("device", vertical="bottom", no_wrap=True)
     for name in ("weights", "KV cache"):
         for column in (f"{name}\nplanned", "\nmeasured", "\ndiffers"):
             table.add_column(column, justify="right", no_wrap=True)
     for device in plan["devices"]:
-        if device.get("rank") is None:
-            continue
-        found = measured.get(device["rank"], {})
+        name, found = _measured(device, ranks)
         cells = [_compared(device.get(key), found.get(key)) for key in ("weight_bytes", "kv_cache_bytes")]
-        table.add_row(str(device["rank"]), *(cell for group in cells for cell in group))
+        table.add_row(name, *(cell for group in cells for cell in group))
     return table
+
+
+def _measured(device: Mapping[str, Any], ranks: Mapping[int, Mapping[str, Any]]) -> tuple[str, Mapping[str, int]]:
+    """A device of the plan by name, and what lies on it: of a rank's own all that it has, in one process by name."""
+    rank = device.get("rank")
+    if rank is None:
+        held = {each["device"]: each for each in ranks.get(0, {}).get("held", ())}
+        return device["device"]["name"], held.get(device["device"]["name"], {})
+    held = ranks.get(rank, {}).get("held", ())
+    keys = ("weight_bytes", "kv_cache_bytes") if held else ()
+    return f"rank {rank}", {key: sum(each[key] for each in held) for key in keys}
 
 
 def _compared(planned: int | None, measured: int | None) -> tuple[str, str, str]:

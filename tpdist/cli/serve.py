@@ -7,12 +7,20 @@ import sys
 from pathlib import Path
 
 import click
+import msgspec
+from rich.console import Console
 
 from tpdist.cli.frame import command
 from tpdist.cli.options import settings_options
+from tpdist.cli.plan_model import facts_of
+from tpdist.cli.plan_output import compare, print_plan
 from tpdist.cli.progress import LoadProgress
+from tpdist.control.messages import ClusterState
 from tpdist.errors import error_for
 from tpdist.launcher import serve as serve_node
+from tpdist.models import registry
+from tpdist.node import Model
+from tpdist.plan.placement import Placement
 from tpdist.settings import Settings
 
 EXAMPLES = (
@@ -49,8 +57,25 @@ def serve(model: str, settings: Settings) -> int:
             run_dir=run_dir,
             supervise=place is None,
             on_rank_update=progress.update,
+            on_plan=_show_plan,
+            on_ready=_show_measured,
         )
         outcome = asyncio.run(serving)
     if outcome.exit_code != 0:
         raise error_for(outcome.exit_code, outcome.cause)
     return 0
+
+
+def _show_plan(model: Model, placement: Placement) -> None:
+    """What will run, as `tpdist plan` shows it, before anything starts."""
+    weights = registry.weights(model.config)
+    facts = facts_of(model.config, weights, name=str(model.folder), dtype=model.dtype)
+    print_plan(placement, facts, console=Console(stderr=True, highlight=False))
+
+
+def _show_measured(state: ClusterState) -> None:
+    """Predicted and measured bytes side by side."""
+    ranks = {rank.rank: msgspec.to_builtins(rank) for node in state.nodes for rank in node.ranks}
+    console = Console(stderr=True, highlight=False)
+    console.print(compare(state.plan, ranks))
+    console.print()

@@ -74,6 +74,7 @@ def make_layout(
             tp_size=placement.tp_size,
             stages=_stages(config, placement),
             item_devices=() if one_process is None else item_devices(placement),
+            most_blocks=placement.extra["num_blocks"],
             backend=_backend(nodes, sizes, device),
             threads=threads[index],
             interface=head.interface_for(node),
@@ -87,7 +88,7 @@ def make_layout(
         )
         for index, node in enumerate(nodes)
     )
-    return Layout(assigns, _summary(config, sizes, placement, assigns[0]))
+    return Layout(assigns, _summary(config, sizes, placement, assigns[0]), placement)
 
 
 def _stages(config: ModelConfig, placement: Placement) -> tuple[StageAssign, ...]:

@@ -114,7 +114,8 @@ class Assign(Message, frozen=True):
     node reaches it, `bind_host` the address that rank 0 listens on. `interface` is the network
     interface for collectives. `settings` are the head's plan and engine settings, which hold on all nodes, with
     nothing left "auto". Rank r is number r % tp_size of stage r // tp_size. `item_devices`, where one process has all
-    layers: the devices of the embedding, each layer, and the output, in this order."""
+    layers: the devices of the embedding, each layer, and the output, in this order. `most_blocks`: what the cache may
+    have by the plan."""
 
     cluster_id: str
     epoch: int
@@ -125,6 +126,7 @@ class Assign(Message, frozen=True):
     tp_size: int
     stages: tuple[StageAssign, ...]
     item_devices: tuple[str, ...]
+    most_blocks: int
     backend: str
     threads: int
     interface: str | None
@@ -160,9 +162,17 @@ class Heartbeat(Message, frozen=True):
     instance: str
 
 
+class HeldBytes(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a rank has on one of its devices, by torch's own count. `disk` is a device too: what stays in files."""
+
+    device: str
+    weight_bytes: int
+    kv_cache_bytes: int
+
+
 class RankUpdate(Message, frozen=True):
     """How far a rank is. `phase` is one of start, connect, load, warmup, ready; `done`/`total` are bytes while loading.
-    `weight_bytes` and `kv_blocks` are known once ready."""
+    `weight_bytes`, `kv_blocks` and `held` are known once ready."""
 
     rank: int
     pid: int
@@ -173,6 +183,7 @@ class RankUpdate(Message, frozen=True):
     total: int = 0
     weight_bytes: int = 0
     kv_blocks: int = 0
+    held: tuple[HeldBytes, ...] = ()
 
 
 class RankGone(Message, frozen=True):
@@ -196,6 +207,7 @@ class RankView(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     step: int
     weight_bytes: int
     kv_blocks: int
+    held: tuple[HeldBytes, ...] = ()
 
 
 class NodeView(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

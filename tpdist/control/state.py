@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tpdist.control.messages import Assign, EngineInfo, Fingerprint, RankUpdate, Register
+from tpdist.plan.placement import Placement
 
 RANK_PHASES = ("start", "connect", "load", "warmup", "ready")
 
@@ -25,10 +26,11 @@ class NodeFacts:
 
 @dataclass(frozen=True)
 class Layout:
-    """The planner's answer: one assignment a node, and a summary for people."""
+    """The planner's answer: one assignment a node, and a summary for people, made of `placement`."""
 
     assigns: tuple[Assign, ...]
     plan: dict[str, Any]
+    placement: Placement | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

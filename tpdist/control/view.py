@@ -64,4 +64,5 @@ def _rank_view(update: RankUpdate, *, first_rank: int) -> RankView:
         step=update.step,
         weight_bytes=update.weight_bytes,
         kv_blocks=update.kv_blocks,
+        held=update.held,
     )

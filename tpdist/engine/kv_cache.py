@@ -49,12 +49,19 @@ def num_blocks_that_fit(
 
 
 def allocate(
-    shapes: CacheShapes, *, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
+    shapes: CacheShapes,
+    *,
+    num_blocks: int,
+    block_size: int,
+    dtype: torch.dtype,
+    device: torch.device | Sequence[torch.device],
 ) -> KVCache:
-    """Allocate the cache of all layers of this rank. On a CPU, blocks that are never used take no memory."""
+    """Allocate the cache of all layers of this rank, on one device or on one for each layer. On a CPU, blocks that are
+    never used take no memory."""
+    devices = [device] * len(shapes) if isinstance(device, torch.device) else device
     layers = tuple(
-        tuple(_zeros((num_blocks, block_size, *shape), dtype=dtype, device=device) for shape in layer)
-        for layer in shapes
+        tuple(_zeros((num_blocks, block_size, *shape), dtype=dtype, device=place) for shape in layer)
+        for layer, place in zip(shapes, devices, strict=True)
     )
     return KVCache(layers=layers, num_blocks=num_blocks, block_size=block_size)
 

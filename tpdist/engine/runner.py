@@ -173,7 +173,7 @@ class Runner:
             row = chunk.first + first
             logits = self._model.logits(hidden[row : row + len(token_ids)])
             if logits is not None:
-                parts.append(score(logits, to_device(token_ids, self._device), num_top=chunk.num_top))
+                parts.append(score(logits, to_device(token_ids, logits.device), num_top=chunk.num_top))
         return parts
 
     def _sample(self, samples: Samples, hidden: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
@@ -182,7 +182,7 @@ class Runner:
         slots = samples.slots
         if not slots:
             return torch.empty(0, dtype=torch.int64, device=self._device), {}
-        logits = self._model.logits(hidden if samples.rows is None else hidden[samples.rows])
+        logits = self._model.logits(hidden if samples.rows is None else hidden[samples.rows.to(hidden.device)])
         if logits is None:
             return self._group.broadcast(torch.empty(len(slots), dtype=torch.int64, device=self._device)), {}
         tokens, scores = sample_and_score(logits, self._slots.sample_rows(slots))

@@ -27,6 +27,11 @@ class PackableLinear(nn.Module):
             self._packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach(), LEAST_ROWS)
             self.weight = nn.Parameter(self.weight.new_empty(0), requires_grad=False)
 
+    @property
+    def packed_bytes(self) -> int:
+        """What the packed copy takes."""
+        return 0 if self._packed is None else self._packed.numel() * self._packed.element_size()
+
     def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x @ weight.T + bias. x: [num_rows, in_features]; returns [num_rows, out_features]."""
         if self._packed is None:

@@ -21,7 +21,7 @@ class StreamedLayers(Generic[Layer]):
     def __init__(self, numbers: Sequence[int], *, buffers: Sequence[Layer], read: Callable[[Layer, int], None]) -> None:
         assert len(buffers) == NUM_BUFFERS, f"{len(buffers)} buffers"
         self._next = dict(zip(numbers, (*numbers[1:], numbers[0]), strict=True))
-        self._buffers = buffers
+        self.buffers = buffers
         self._read = read
         self._held: list[int | None] = [None] * NUM_BUFFERS
         self._reading: tuple[int, int, Future[None]] | None = None
@@ -37,7 +37,7 @@ class StreamedLayers(Generic[Layer]):
         following = self._next[number]
         if following not in self._held:
             self._start_reading(following, at=NUM_BUFFERS - 1 - at)
-        return self._buffers[at]
+        return self.buffers[at]
 
     def close(self) -> None:
         """Stop reading; nothing may be asked for afterwards."""
@@ -45,7 +45,7 @@ class StreamedLayers(Generic[Layer]):
 
     def _start_reading(self, number: int, *, at: int) -> None:
         self._held[at] = None
-        self._reading = number, at, self._reader.submit(self._read, self._buffers[at], number)
+        self._reading = number, at, self._reader.submit(self._read, self.buffers[at], number)
 
     def _finish_reading(self) -> None:
         """A buffer whose reading failed holds nothing."""

@@ -1,8 +1,8 @@
 """What goes from one pipeline stage to the next: the hidden states of each step, point to point.
 
-The first rank of a stage sends to the first rank of the next, which passes them on to its tensor-parallel group, so that
-a link between machines carries them once. Sends do not wait for the receiver: a stage goes on with its next step. This
-module knows neither layers nor plans.
+The first rank of a stage sends to the first rank of the next, which passes them on to its tensor-parallel group, so
+that a link between machines carries them once. Sends do not wait for the receiver: a stage goes on with its next step.
+This module knows neither layers nor plans.
 
     x {stage s + 1} = broadcast( receive( x {stage s} ) )        num_tokens * hidden_size elements a step and link
 """
@@ -55,8 +55,8 @@ class Alone:
 class ProcessPipe:
     """Between processes, over torch.distributed. gloo goes through the host's memory, and NCCL from GPU to GPU.
 
-    `group` is the stage's, of which this rank is the global `rank`. Up to `max_in_flight` steps may be on their way to the
-    next stage; a further one waits for the oldest, and that for `timeout_s` at most, as does every receive.
+    `group` is the stage's, of which this rank is the global `rank`. Up to `max_in_flight` steps may be on their way to
+    the next stage; a further one waits for the oldest, and that for `timeout_s` at most, as does every receive.
     """
 
     def __init__(

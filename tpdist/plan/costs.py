@@ -30,6 +30,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,7 +38,7 @@ from numpy.typing import NDArray
 from tpdist.plan.memory import DTYPE_BYTES
 from tpdist.plan.model_config import ModelConfig, RopeConfig
 from tpdist.plan.placement import Demand
-from tpdist.plan.shards import Blocks, Partition, Rows, Weights, WeightSpec, key_value_heads, local_shape, query_heads
+from tpdist.plan.shards import Axis, Blocks, Partition, Rows, Weights, WeightSpec, key_value_heads, query_heads
 from tpdist.plan.stages import EMBEDDING, OUTPUT
 
 Bytes = NDArray[np.int64]
@@ -131,7 +132,7 @@ class WeightItems:
         """What `rank` of a tensor-parallel group holds of each item."""
 
         def total(specs: list[WeightSpec]) -> int:
-            return dtype_bytes * sum(math.prod(local_shape(spec, partition, rank)) for spec in specs)
+            return dtype_bytes * sum(_local_size(spec, partition, rank) for spec in specs)
 
         norms = 4 if self._config.qk_norm else 2
         kinds = np.array([total(specs) + norms * NORM_BUFFER_BYTES for specs in self._kinds], dtype=np.int64)
@@ -142,6 +143,21 @@ class WeightItems:
             head=total(self._output or self._embedding),
             tied=not self._output,
         )
+
+
+@lru_cache(maxsize=4096)
+def _sizes(axis: Axis, partition: Partition) -> tuple[int, ...]:
+    """How many steps of an axis each rank holds. Plans ask for the same ones many times over."""
+    return tuple(interval.size for interval in axis.intervals(partition.shares))
+
+
+def _local_size(spec: WeightSpec, partition: Partition, rank: int) -> int:
+    """Elements of what `rank` holds; those of shards.local_shape."""
+    whole = math.prod(spec.shape)
+    if spec.split is None:
+        return whole
+    steps = _sizes(spec.split.axis, partition)[rank]  # type: ignore[arg-type]  # every axis is a frozen dataclass
+    return whole // spec.shape[spec.dim] * spec.split.unit * steps
 
 
 def rope_bytes(config: ModelConfig) -> Bytes:
@@ -156,7 +172,7 @@ def rope_bytes(config: ModelConfig) -> Bytes:
 
 def kv_bytes_per_layer(config: ModelConfig, partition: Partition, rank: int, *, dtype_bytes: int) -> int:
     """Bytes of one token in the cache of one layer on `rank`."""
-    return 2 * partition.interval(key_value_heads(config), rank).size * config.head_dim * dtype_bytes
+    return 2 * _sizes(key_value_heads(config), partition)[rank] * config.head_dim * dtype_bytes
 
 
 def context_tokens(demand: Demand) -> int:
@@ -174,9 +190,9 @@ def demanded_tokens(demand: Demand) -> int:
 def forward_bytes(config: ModelConfig, partition: Partition, rank: int, demand: Demand) -> int:
     """Peak of the tensors that a step of `max_num_batched_tokens` keeps alive up to its last hidden states."""
     d, tokens, hidden = DTYPE_BYTES[demand.dtype], _step_tokens(demand), config.hidden_size
-    queries = partition.interval(query_heads(config), rank).size * config.head_dim
-    keys = partition.interval(key_value_heads(config), rank).size * config.head_dim
-    columns = partition.interval(Blocks(config.intermediate_size), rank).size
+    queries = _sizes(query_heads(config), partition)[rank] * config.head_dim
+    keys = _sizes(key_value_heads(config), partition)[rank] * config.head_dim
+    columns = _sizes(Blocks(config.intermediate_size), partition)[rank]
     ropes = {layer.rope for layer in config.layers}
     angles = 2 * d * sum(_rotary_dim(config, rope) for rope in ropes)
     inputs = tokens * (3 * 8 + angles) + _mask_bytes(config, demand)
@@ -195,7 +211,7 @@ def logits_bytes(config: ModelConfig, partition: Partition, rank: int, demand: D
     of them samples."""
     d, hidden, vocab = DTYPE_BYTES[demand.dtype], config.hidden_size, config.vocab_size
     rows = min(demand.max_num_seqs, _step_tokens(demand))
-    shards = [interval.size for interval in Rows(vocab).intervals(partition.shares)]
+    shards = _sizes(Rows(vocab), partition)
     held = _step_tokens(demand) * hidden * d + rows * (hidden + shards[rank]) * d
     if rank > 0:
         return held + rows * max(shards) * d * (max(shards) > shards[rank])

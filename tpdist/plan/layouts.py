@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 
 from tpdist.errors import JoinError, PlanError
+from tpdist.plan.costs import nccl_bytes, overhead_bytes
 from tpdist.plan.model_config import ModelConfig
 from tpdist.plan.placement import Demand, Device
 from tpdist.plan.places import usable_bytes
@@ -86,11 +87,18 @@ def stage_shares(given: tuple[int, ...] | None, *, tp_size: int, pp_size: int, a
 
 
 def shares_by_memory(devices: Sequence[Device], demand: Demand, *, tp_size: int) -> list[Shares]:
-    """Shares in proportion to what each device has: readable ones first, then more exact ones, to be tried in turn."""
+    """Shares in proportion to what each device has for a model: readable ones first, then more exact ones, to be tried
+    in turn."""
     stages = [devices[start : start + tp_size] for start in range(0, len(devices), tp_size)]
-    rooms = [[max(1, usable_bytes(device, demand)) for device in stage] for stage in stages]
+    rooms = [[_room(device, demand, tp_size, len(devices)) for device in stage] for stage in stages]
     options = [tuple(proportions(room, steps=steps) for room in rooms) for steps in SHARE_STEPS]
     return list(dict.fromkeys(options))
+
+
+def _room(device: Device, demand: Demand, tp_size: int, world_size: int) -> int:
+    """What may be used of a device, less what a rank needs on it whatever its share."""
+    buffers = nccl_bytes(tp_size=tp_size, world_size=world_size) if device.kind == "cuda" else 0
+    return max(1, usable_bytes(device, demand) - overhead_bytes(device.kind) - buffers)
 
 
 def proportions(amounts: Sequence[int], *, steps: int) -> tuple[int, ...]:

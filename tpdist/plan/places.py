@@ -5,7 +5,7 @@ tells for each place whether it fits and how long a decode step of it takes; sea
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
@@ -115,7 +115,12 @@ class Layout:
     def overflow(self, demand: Demand, *, tokens: int = 0) -> Bytes:
         """[num_places, num_layers + 1, num_layers + 1]: by how much a run of layers exceeds the fullest device of a
         place; not above 0 where it fits. The cache is what the demand needs, and of `tokens` at least."""
-        return np.stack([self._overflow(place, demand, tokens) for place in self.places])
+        made: dict[Hashable, Bytes] = {}
+        for place in self.places:
+            key = self._room_key(place)
+            if key not in made:
+                made[key] = self._overflow(place, demand, tokens)
+        return np.stack([made[self._room_key(place)] for place in self.places])
 
     def need(self, place_index: int, tp_rank: int, layers: Interval, *, stage: int, demand: Demand) -> Need:
         """What a device of a place needs for `layers`, as `stage` of all."""
@@ -140,7 +145,12 @@ class Layout:
 
     def seconds(self, demand: Demand) -> Costs:
         """[num_places, num_layers + 1, num_layers + 1]: of a decode step of a run of layers, without what follows."""
-        return np.stack([self._seconds(place, demand) for place in self.places])
+        made: dict[Hashable, Costs] = {}
+        for place in self.places:
+            key = self._speed_key(place)
+            if key not in made:
+                made[key] = self._seconds(place, demand)
+        return np.stack([made[self._speed_key(place)] for place in self.places])
 
     def transfers(self, demand: Demand) -> Costs:
         """[num_places, num_places]: seconds from one place to another."""
@@ -156,6 +166,24 @@ class Layout:
         first, last = (self.places[each].devices[0] for each in (places[0], places[-1]))
         num_bytes = speed.hidden_row_bytes(self.model.config, demand) if self.head_first else 0
         return speed.send_s(num_bytes, speed.link_between(self.inventory, last, first))
+
+    def _room_key(self, place: Place) -> Hashable:
+        """Equal for places in which the same fits."""
+        nodes = [device.node for device in place.devices]
+        return place.partition.shares, *(
+            (
+                device.kind,
+                device.total_bytes,
+                device.free_bytes,
+                nodes.index(device.node),
+                self.local_ranks[device.node],
+            )
+            for device in place.devices
+        )
+
+    def _speed_key(self, place: Place) -> Hashable:
+        """Equal for places that take the same time."""
+        return place.partition.shares, *((device.bandwidth, device.node) for device in place.devices)
 
     def _overflow(self, place: Place, demand: Demand, tokens: int) -> Bytes:
         tokens = max(tokens, costs.demanded_tokens(demand))

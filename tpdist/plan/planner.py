@@ -215,7 +215,7 @@ def _more_devices(task: _Task, closest: Fit, demand: Demand) -> str:
     whole = weight_bytes(task.model.weights, Partition.even(1), 0, dtype_bytes=DTYPE_BYTES[demand.dtype])
     least = max(have + 1, -(-whole // max(1, usable_bytes(device, demand))))
     for count in range(least, MOST_DEVICES + 1):
-        more = tuple(replace(device, name=f"{device.name}-{number}") for number in range(count))
+        more = tuple(_another(device, number) for number in range(count))
         larger = replace(task, devices=more, inventory=replace(task.inventory, devices=more), shares=None)
         for tp_size, pp_size in layouts.factorisations(count):
             if layouts.problem(task.model.config, tp_size, pp_size) is None:
@@ -223,3 +223,9 @@ def _more_devices(task: _Task, closest: Fit, demand: Demand) -> str:
                 if fit is not None:
                     return f"{count} devices such as {device.name} would fit: {flags(fit)}"
     return f"not even {MOST_DEVICES} devices such as {device.name} would fit"
+
+
+def _another(device: Device, number: int) -> Device:
+    """One more such GPU on its node, or one more such machine."""
+    node = device.node if device.kind == "cuda" else f"{device.node}-{number}"
+    return replace(device, name=f"{device.name}-{number}", node=node)

@@ -40,12 +40,12 @@ def whole(num_layers: int) -> Stage:
     return Stage(Interval(0, num_layers), num_layers)
 
 
-def stage_weights(weights: Weights, stage: Stage) -> Weights:
+def stage_weights(weights: Weights, stage: Stage, *, output_apart: bool = False) -> Weights:
     """What a stage takes from the checkpoint. Where the output layer is tied to the embedding, and the embedding is on
-    another stage, the last stage has a copy of it of its own."""
+    another stage, or on another device (`output_apart`), the last stage has a copy of it of its own."""
     specs = [spec for spec in weights.specs if stage.holds(spec)]
     tied = not any(spec.parameter == OUTPUT for spec in weights.specs)
-    if tied and stage.is_last and not stage.is_first:
+    if tied and stage.is_last and (output_apart or not stage.is_first):
         specs += [replace(spec, parameter=OUTPUT) for spec in weights.specs if spec.parameter == EMBEDDING]
     return replace(weights, specs=tuple(specs))
 

@@ -1,0 +1,444 @@
+"""Dispatched models: modules run where the map puts them, and callers notice nothing but errors that explain.
+
+GPUs are imagined: FakeTensorMode follows devices through every operation, and refuses what torch would refuse.
+"""
+
+import copy
+import gc
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers.modeling_outputs import BaseModelOutput
+
+from tpdist.bigmodel import (
+    AlignDevicesHook,
+    DeviceMapError,
+    DispatchedModelError,
+    ModelHook,
+    add_hook_to_module,
+    cpu_offload,
+    cpu_offload_with_hook,
+    devices,
+    disk_offload,
+    dispatch_model,
+    find_tied_parameters,
+    remove_hook_from_module,
+    remove_hook_from_submodules,
+    send_to_device,
+)
+from tpdist.bigmodel.align import like, slots
+from tpdist.errors import CheckpointError
+
+
+class Block(nn.Module):
+    """A layer with a residual connection, an own parameter and a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin = nn.Linear(4, 4)
+        self.scale = nn.Parameter(torch.rand(4))
+        self.register_buffer("mask", torch.rand(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = x + self.lin(x) * self.scale + self.mask
+        return result
+
+
+class Model(nn.Module):
+    _no_split_modules = ("Block",)
+
+    def __init__(self, num_blocks: int = 4) -> None:
+        super().__init__()
+        self.words = nn.Embedding(10, 4)
+        self.blocks = nn.ModuleList(Block() for _ in range(num_blocks))
+        self.out = nn.Linear(4, 10, bias=False)
+
+    def forward(self, ids: Tensor, *, factor: Tensor | None = None) -> Tensor:
+        x = self.words(ids)
+        for block in self.blocks:
+            x = block(x)
+        result: Tensor = self.out(x) if factor is None else self.out(x) * factor.to(x.device)
+        return result
+
+
+def tied_model(num_blocks: int = 4) -> Model:
+    model = Model(num_blocks)
+    model.out.weight = model.words.weight
+    return model
+
+
+IDS = torch.tensor([[1, 2, 3]])
+MAPS: list[dict[str, Any]] = [
+    {"": "disk"},
+    {"words": "cpu", "blocks": "disk", "out": "cpu"},
+    {"words": "disk", "blocks.0": "cpu", "blocks.1": "disk", "blocks.2": "cpu", "blocks.3": "disk", "out": "disk"},
+    {
+        "words": "cpu",
+        "blocks.0.lin": "disk",
+        "blocks.0.scale": "cpu",
+        "blocks.0.mask": "cpu",
+        "blocks": "disk",
+        "out": "cpu",
+    },
+    {
+        "words": "cpu",
+        "blocks.0.lin": "cpu",
+        "blocks.0.scale": "disk",
+        "blocks.0.mask": "disk",
+        "blocks": "cpu",
+        "out": "cpu",
+    },
+]
+
+
+@pytest.fixture
+def _imagined_gpus(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(devices, "free_memory", lambda: {0: 10**9, 1: 10**9, 2: 10**9, "cpu": 10**9})
+    with FakeTensorMode(), torch.no_grad():
+        yield
+
+
+@pytest.mark.parametrize("device_map", MAPS)
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("offload_buffers", [False, True])
+@pytest.mark.parametrize("prefetch", [0, 1, 2, 9])
+def test_offloaded_models_compute_the_same(
+    tmp_path: Path, device_map: dict[str, Any], tied: bool, offload_buffers: bool, prefetch: int
+) -> None:
+    model = tied_model() if tied else Model()
+    expected = model(IDS)
+    dispatch_model(model, device_map, offload_dir=tmp_path, offload_buffers=offload_buffers, prefetch_blocks=prefetch)
+    assert model.hf_device_map == device_map
+    for _ in range(3):
+        assert torch.equal(model(IDS), expected)
+    on_disk = [name for name, parameter in model.named_parameters() if parameter.device.type == "meta"]
+    assert on_disk
+    remove_hook_from_submodules(model)
+    assert torch.equal(model(IDS), expected)
+    assert bool(find_tied_parameters(model)) == tied
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_every_mode_of_autograd_works(tmp_path: Path, mode: Any) -> None:
+    model = Model()
+    expected = model(IDS)
+    disk_offload(model, tmp_path)
+    with mode():
+        first = model(ids=IDS, factor=torch.ones(1))
+    second = model(IDS)
+    assert torch.equal(first, expected)
+    assert torch.equal(second, expected)
+    assert first.requires_grad == (mode is torch.enable_grad)
+
+
+def test_gradients_reach_the_inputs_of_offloaded_blocks(tmp_path: Path) -> None:
+    """Buffers of the disk are used again only once nothing needs what was in them: not while a graph does."""
+    model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(6)))
+    x = torch.rand(3, 64, requires_grad=True)
+    model(x).sum().backward()
+    assert x.grad is not None
+    expected, x.grad = x.grad.clone(), None
+    disk_offload(model, tmp_path)
+    model(x).sum().backward()
+    assert torch.equal(x.grad, expected)
+
+
+def test_a_failing_forward_leaves_nothing_loaded(tmp_path: Path) -> None:
+    model = disk_offload(Model(), tmp_path)
+    with pytest.raises(IndexError):
+        model(torch.tensor([[99]]))
+    assert all(parameter.device.type == "meta" for parameter in model.parameters())
+    assert model(IDS).shape == (1, 3, 10)
+
+
+def test_a_part_of_a_block_can_be_called_alone(tmp_path: Path) -> None:
+    model = Model()
+    x = torch.rand(2, 4)
+    expected = model.blocks[2].lin(x)
+    disk_offload(model, tmp_path)
+    assert torch.equal(model.blocks[2].lin(x), expected)
+
+
+class Preloaded(nn.Module):
+    """Uses the parameters of a submodule without calling it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.inner.weight, self.inner.bias)
+
+
+def test_preload_classes_have_all_their_weights_from_the_start(tmp_path: Path) -> None:
+    model = nn.Sequential(Preloaded(), nn.Linear(4, 4))
+    x = torch.rand(2, 4)
+    expected = model(x)
+    disk_offload(model, tmp_path, preload_module_classes=["Preloaded"])
+    assert torch.equal(model(x), expected)
+    remove_hook_from_submodules(model)
+    cpu_offload(model, preload_module_classes=["Preloaded"], execution_device="cpu")
+    assert torch.equal(model(x), expected)
+    remove_hook_from_submodules(model)
+    cpu_offload(model, execution_device="cpu")
+    with pytest.raises(RuntimeError):
+        model(x)
+
+
+def test_a_module_that_is_used_twice_has_one_hook() -> None:
+    shared = nn.Linear(4, 4)
+    model = nn.ModuleDict({"a": shared, "b": nn.Sequential(shared, nn.Linear(4, 4))})
+    x = torch.rand(1, 4)
+    expected = model["b"](x)
+    cpu_offload(model, execution_device="cpu")
+    assert torch.equal(model["b"](x), expected)
+
+
+def test_cpu_offload_takes_the_given_state_dict() -> None:
+    model = Model()
+    given = {name: torch.zeros_like(value) for name, value in model.state_dict().items()}
+    cpu_offload(model, execution_device="cpu", state_dict=given)
+    assert not model.blocks[0].lin(torch.rand(1, 4)).any()
+
+
+def test_files_of_an_offload_are_replaced_without_harm(tmp_path: Path) -> None:
+    first, second = Model(), Model()
+    expected = first(IDS), second(IDS)
+    disk_offload(first, tmp_path)
+    disk_offload(second, tmp_path)
+    assert torch.equal(first(IDS), expected[0])
+    assert torch.equal(second(IDS), expected[1])
+    assert [path.name for path in tmp_path.iterdir()] == ["offloaded.safetensors"]
+
+
+def test_a_model_without_values_finds_them_in_the_offload_folder(tmp_path: Path) -> None:
+    model = Model()
+    expected = model(IDS)
+    disk_offload(model, tmp_path)
+    again = Model().to("meta")
+    for path, module in model.named_modules():
+        if isinstance(module, Block):
+            again.get_submodule(path).mask = module.mask
+    disk_offload(again, tmp_path)
+    assert torch.equal(again(IDS), expected)
+
+
+def test_an_offload_index_names_files(tmp_path: Path) -> None:
+    model, other = Model(), Model()
+    disk_offload(other, tmp_path)
+    remove_hook_from_submodules(other)
+    file = str(tmp_path / "offloaded.safetensors")
+    index = {"out.weight": {"safetensors_file": file, "weight_name": "words.weight", "dtype": "float32"}}
+    device_map = {"words": "cpu", "blocks": "cpu", "out": "disk"}
+    dispatch_model(model, device_map, offload_index=index)
+    x = torch.rand(1, 4)
+    assert torch.equal(model.out(x), x @ other.words.weight.T)
+    with pytest.raises(CheckpointError, match="holds no tensor nothing, though offload_index says so of"):
+        dispatch_model(
+            Model(), device_map, offload_index={"out.weight": {"safetensors_file": file, "weight_name": "nothing"}}
+        )
+    with pytest.raises(DeviceMapError, match="gives no safetensors_file for"):
+        dispatch_model(Model(), device_map, offload_index={"out.weight": {"dtype": "float32", "shape": [1]}})
+
+
+def test_models_are_freed_at_once_with_their_files(tmp_path: Path) -> None:
+    model = disk_offload(Model(), tmp_path)
+    model(IDS)
+    copied = copy.deepcopy(cpu_offload(Model(), execution_device="cpu"))
+    assert copied(IDS).shape == (1, 3, 10)
+    del model, copied
+    gc.collect()
+
+
+# -- devices ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("_imagined_gpus")
+def test_each_block_runs_on_its_device_and_the_output_comes_back() -> None:
+    model = tied_model()
+    seen = []
+    for block in model.blocks:
+        block.lin.register_forward_hook(lambda _, args, out: seen.append((args[0].device, out.device)))
+    device_map: dict[str, Any] = {"words": 0, "blocks.0": 0, "blocks.1": 1, "blocks.2": "cpu", "blocks.3": 2, "out": 0}
+    dispatch_model(model, device_map)
+    gpus = [torch.device("cuda", gpu) for gpu in range(3)]
+    for home in (torch.device("cpu"), *gpus):
+        seen.clear()
+        assert model(torch.zeros(1, 3, dtype=torch.int64, device=home)).device == home
+        assert seen == [(gpu, gpu) for gpu in (gpus[0], gpus[1], gpus[0], gpus[2])]
+    assert model.words.weight is model.out.weight
+    assert model.blocks[2].lin.weight.device.type == "meta"
+    assert model.blocks[2].mask.device == gpus[0]
+
+
+@pytest.mark.usefixtures("_imagined_gpus")
+def test_the_main_device_can_be_chosen() -> None:
+    model = Model()
+    device_map: dict[str, Any] = {"words": "cpu", "blocks": 1, "out": "cpu"}
+    dispatch_model(model, device_map, main_device="cpu")
+    assert model.words.weight.device.type == "cpu"
+    with pytest.raises(DeviceMapError, match="main_device is 'disk', where nothing runs"):
+        dispatch_model(Model(), device_map, main_device="disk")
+    with pytest.raises(DeviceMapError, match="main_device is 5, which is no device"):
+        dispatch_model(Model(), device_map, main_device=5)
+
+
+@pytest.mark.usefixtures("_imagined_gpus")
+def test_one_device_needs_no_hooks() -> None:
+    model = dispatch_model(Model(), {"": 1})
+    assert {parameter.device for parameter in model.parameters()} == {torch.device("cuda:1")}
+    assert not any(hasattr(module, "_hf_hook") for module in model.modules())
+    model = dispatch_model(Model(), {"": 1}, force_hooks=True)
+    assert model(torch.zeros(1, 2, dtype=torch.int64)).device.type == "cpu"
+
+
+def test_a_dispatched_model_is_not_moved() -> None:
+    model = dispatch_model(Model(), {"words": "cpu", "blocks": "cpu", "out": "cpu"}, force_hooks=True)
+    for move in (lambda: model.to("cuda:0"), lambda: model.to(torch.zeros(1)), model.cuda, model.cpu):
+        with pytest.raises(DispatchedModelError, match=r"would move a model that is dispatched over cpu: call remove_"):
+            move()
+    assert isinstance(DispatchedModelError("x"), RuntimeError)
+    model.to(torch.float16)
+    assert model.double().words.weight.dtype == torch.float64
+    remove_hook_from_submodules(model)
+    assert model.to("cpu").float()(IDS).dtype == torch.float32
+
+
+def test_the_type_of_an_offloaded_model_is_not_changed() -> None:
+    model = cpu_offload(Model(), execution_device="cpu")
+    for change in (lambda: model.to(torch.float16), model.half, model.double):
+        with pytest.raises(DispatchedModelError, match="cannot change parameters that are offloaded: give the type"):
+            change()
+
+
+class Echo(nn.Module):
+    """Returns what it gets."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+        self.seen: Any = None
+
+    def forward(self, value: Any = None, **options: Any) -> Any:
+        self.seen = (value, options)
+        return options if value is None else value
+
+
+@pytest.mark.usefixtures("_imagined_gpus")
+def test_skipped_keys_stay_where_they_are() -> None:
+    model = dispatch_model(Echo(), {"": 0}, force_hooks=True, skip_keys="cache")
+    out = model(x=torch.zeros(1), cache=[torch.zeros(1)])
+    assert model.seen[1]["x"].device.type == "cuda"
+    assert model.seen[1]["cache"][0].device.type == "cpu"
+    assert out["x"].device.type == "cpu"
+
+
+class Pair(NamedTuple):
+    first: Any
+    second: Any
+
+
+@dataclass
+class Record:
+    values: list[Tensor]
+    name: str = "x"
+    count: int = field(init=False, default=3)
+
+
+@pytest.mark.usefixtures("_imagined_gpus")
+def test_all_structures_are_moved_and_keep_their_kind() -> None:
+    home, away = torch.device("cpu"), torch.device("cuda:1")
+    here = torch.zeros(2)
+    for data in (
+        here,
+        [here, (here, 3)],
+        Pair(here, {"a": here, "b": "text"}),
+        BaseModelOutput(last_hidden_state=here, hidden_states=(here, here)),
+        Record([here]),
+    ):
+        assert send_to_device(data, home) is data
+        moved = send_to_device(data, away)
+        assert type(moved) is type(data)
+        back = send_to_device(moved, home)
+        assert repr(back) == repr(data)
+    output = send_to_device(BaseModelOutput(last_hidden_state=here), away)
+    assert output.last_hidden_state.device == output["last_hidden_state"].device == output[0].device == away
+    record = send_to_device(Record([here]), away)
+    assert (record.values[0].device, record.count) == (away, 3)
+    module = nn.Linear(1, 1)
+    assert send_to_device([module, None, "text", 1], away) == [module, None, "text", 1]
+    assert module.weight.device == home
+
+
+class Movable(nn.Linear):
+    """Moves as a model does that holds imagined tensors, which Module.to cannot move."""
+
+    def to(self, device: Any) -> "Movable":  # type: ignore[override]
+        for slot in slots(self):
+            slot.put(like(slot.tensor.detach().to(device), slot.tensor))
+        return self
+
+
+@pytest.mark.usefixtures("_imagined_gpus")
+def test_whole_models_wait_on_the_cpu_until_they_are_called() -> None:
+    first, first_hook = cpu_offload_with_hook(Movable(2, 2), 0)
+    second, second_hook = cpu_offload_with_hook(Movable(2, 2), 0, prev_module_hook=first_hook)
+    assert first.weight.device.type == "cpu"
+    x = first(torch.zeros(1, 2))
+    assert first.weight.device == x.device == torch.device("cuda:0")
+    second(x)
+    assert (first.weight.device.type, second.weight.device.type) == ("cpu", "cuda")
+    second_hook.offload()
+    assert second.weight.device.type == "cpu"
+    second_hook.remove()
+    assert second(torch.zeros(1, 2)).device.type == "cpu"
+
+
+# -- hooks ------------------------------------------------------------------------------------------------------------
+
+
+class Adding(ModelHook):
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return (args[0] + self.number, *args[1:]), kwargs
+
+    def post_forward(self, module: nn.Module, output: Any) -> Any:
+        return output * 10
+
+
+def test_hooks_are_added_replaced_chained_and_removed() -> None:
+    module = nn.Identity()
+    add_hook_to_module(module, Adding(1))
+    assert module(1) == 20
+    add_hook_to_module(module, Adding(2))
+    assert module(1) == 30
+    add_hook_to_module(module, Adding(3), append=True)
+    assert module(1) == 600
+    remove_hook_from_module(module)
+    assert module(1) == 1
+    assert "forward" not in module.__dict__
+
+
+def test_a_forward_that_was_set_before_comes_back() -> None:
+    module = nn.Identity()
+    module.forward = lambda x: x + 100
+    add_hook_to_module(module, Adding(1))
+    assert module(1) == 1020
+    remove_hook_from_module(module)
+    assert module(1) == 101
+
+
+def test_hooks_of_modules_inside_are_removed_too() -> None:
+    model = nn.Sequential(nn.Identity(), nn.Sequential(nn.Identity()))
+    for module in model.modules():
+        add_hook_to_module(module, AlignDevicesHook())
+    remove_hook_from_module(model, recurse=True)
+    assert not any("_hf_hook" in module.__dict__ for module in model.modules())
