@@ -293,12 +293,15 @@ def _take_request(engine: Engine, requests: Dealer, envelope: Envelope) -> None:
 
 def _device(start: RankStart) -> torch.device:
     """Where this rank computes; with several devices in one process, the first that has a part of the model."""
-    if items := start.assign.item_devices:
-        return computing_device(items[0])
-    if start.assign.settings["device"] == "cpu":
-        return torch.device("cpu")
-    device = torch.device("cuda", start.local_rank % torch.cuda.device_count())
-    torch.cuda.set_device(device)
+    items = start.assign.item_devices
+    if items:
+        device = computing_device(items[0])
+    elif start.assign.settings["device"] == "cpu":
+        device = torch.device("cpu")
+    else:
+        device = torch.device("cuda", start.local_rank % torch.cuda.device_count())
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     return device
 
 
