@@ -119,6 +119,25 @@ class SimulatedRanks:
         return slot.blocks[position // self.block_size], position % self.block_size
 
 
+class FirstStage:
+    """What a rank of an earlier stage knows of tokens: those of sequences that start, and those that plans bring."""
+
+    def __init__(self) -> None:
+        self.tokens: dict[int, list[int]] = {}
+
+    def apply(self, plan: StepPlan) -> None:
+        for slot, token in plan.sampled:
+            self.tokens[slot].append(token)
+        for slot in plan.free:
+            del self.tokens[slot]
+        for start in plan.start:
+            self.tokens[start.slot] = np.frombuffer(start.token_ids, dtype="<i4").tolist()
+
+    def inputs(self, plan: StepPlan) -> list[list[int]]:
+        """The tokens that go into the first layer."""
+        return [self.tokens[work.slot][work.start :][: work.num_tokens] for work in plan.work]
+
+
 def expected_answer(request: Generate, capacity: int) -> tuple[list[int], str]:
     """What one sequence alone in an endless cache would generate."""
     tokens = list(request.prompt_token_ids)
@@ -153,7 +172,9 @@ class Simulation:
     """A scheduler, simulated ranks with a queue of plans, the outputs so far, and the step that ended each answer."""
 
     def __init__(self, max_in_flight: int = 1, **sizes: int) -> None:
+        """With sizes["num_stages"] above 1, also what the first stage knows is checked."""
         self.scheduler = scheduler(**sizes)
+        self.first_stage = FirstStage() if sizes.get("num_stages", 1) > 1 else None
         self.ranks = SimulatedRanks(**(SIZES | sizes))
         self.max_in_flight = max_in_flight
         self.plans: deque[StepPlan] = deque()
@@ -190,7 +211,13 @@ class Simulation:
         self.scheduler.check()
 
     def run_oldest_plan(self) -> None:
-        for output in self.scheduler.update(self.ranks.execute(self.plans.popleft())):
+        plan = self.plans.popleft()
+        result = self.ranks.execute(plan)
+        if self.first_stage is not None:
+            self.first_stage.apply(plan)
+            known = [self.ranks.slots[work.slot].tokens[work.start :][: work.num_tokens] for work in plan.work]
+            assert self.first_stage.inputs(plan) == known
+        for output in self.scheduler.update(result):
             self.take(output)
 
     def take(self, output: TokenOutput) -> None:

@@ -88,6 +88,39 @@ def test_every_request_ends_with_the_answer_it_would_get_alone(scenario: Scenari
         assert asked <= stats.prefix_cache_queries <= asked + len(answered)
 
 
+@settings(max_examples=200, deadline=None)
+@given(scenarios(), st.integers(2, 4))
+def test_with_stages_every_request_ends_with_the_answer_it_would_get_alone(scenario: Scenario, num_stages: int) -> None:
+    sizes, events, _ = scenario
+    simulation = Simulation(num_stages, **sizes, num_stages=num_stages)
+    requests = play(simulation, events)
+    simulation.run_to_the_end()
+    for name, done in requests.items():
+        if name not in simulation.aborted:
+            simulation.assert_answered(done)
+    assert simulation.scheduler.stats().kv_cache_usage == 0
+
+
+def test_stages_share_the_decodes_so_that_each_has_as_many() -> None:
+    simulation = Simulation(3, num_blocks=100, max_num_seqs=10, max_num_batched_tokens=60, num_stages=3)
+    for name in map(str, range(7)):
+        simulation.add(name, [1], max_tokens=12, ignore_eos=True)
+    sizes = []
+    for _ in range(9):
+        simulation.step()
+        sizes.append([len(plan.work) for plan in simulation.plans])
+    assert all(len(plans) == 2 and max(plans) <= 3 for plans in sizes[4:]), sizes
+    simulation.run_to_the_end()
+
+
+def test_steps_in_flight_together_keep_the_token_budget() -> None:
+    simulation = Simulation(2, num_blocks=100, max_num_batched_tokens=9, max_model_len=200, num_stages=2)
+    simulation.add("long", [1] * 40, max_tokens=1, ignore_eos=True)
+    plans = [simulation.plan() for _ in range(2)]
+    assert [plan.work[0].num_tokens for plan in plans] == [5, 5]
+    simulation.run_to_the_end()
+
+
 def work(plan: StepPlan) -> list[tuple[int, int, bool]]:
     return [(each.start, each.num_tokens, each.sample) for each in plan.work]
 

@@ -9,17 +9,17 @@ import torch
 from live_tensors import LivePeak
 from plans import small_config
 
-from tpdist import rank as rank_module
 from tpdist.engine import logprobs, sampler
 from tpdist.engine.kv_cache import num_blocks_that_fit
 from tpdist.engine.sample_row import SampleRow
 from tpdist.errors import PlanError
 from tpdist.layers import attention
 from tpdist.layers.attention import AttentionContext
+from tpdist.models import streamed
 from tpdist.models.decoder import Decoder
 from tpdist.parallel import segment
 from tpdist.parallel.group import FakeGroup
-from tpdist.plan import costs, memory, speed
+from tpdist.plan import costs, speed
 from tpdist.plan.costs import VisionTower, WeightItems, vision_bytes
 from tpdist.plan.decoder_weights import decoder_weights
 from tpdist.plan.memory import cache_blocks, cpu_cache_budget, cuda_usable_bytes, kv_bytes_per_token, weight_bytes
@@ -132,8 +132,7 @@ def test_blocks_are_as_many_as_a_rank_makes() -> None:
             assert expected == 0
 
 
-def test_the_rule_for_a_cpus_cache_is_that_of_a_rank() -> None:
-    assert memory.DEFAULT_CPU_CACHE_BYTES == rank_module.DEFAULT_CPU_CACHE_BYTES
+def test_a_cpus_cache_takes_a_quarter_of_what_is_available_and_4_gib_at_most_by_machine() -> None:
     assert cpu_cache_budget(8 * GIB, local_ranks=1) == 2 * GIB
     assert cpu_cache_budget(64 * GIB, local_ranks=4) == 1 * GIB
     assert cpu_cache_budget(-1, local_ranks=4) == 0
@@ -258,6 +257,7 @@ def test_constants_are_those_of_the_code_that_they_describe() -> None:
     assert costs.LOGPROB_ROWS == logprobs.ROWS_AT_ONCE
     assert costs.DIGITS_BYTES == 2 * 8 * (sampler.NUM_DIGITS + 1)
     assert costs.SLOT_BYTES == segment.SLOT_BYTES
+    assert costs.STREAM_BUFFERS == streamed.NUM_BUFFERS
 
 
 def test_masks_are_bounded_for_each_sequence_and_each_window() -> None:

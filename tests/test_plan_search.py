@@ -10,7 +10,16 @@ import numpy as np
 import pytest
 
 from tpdist.plan.placement import Objective
-from tpdist.plan.search import Costs, Found, is_too_large, split_in_any_order, split_in_order, tabulate
+from tpdist.plan.search import (
+    Costs,
+    Found,
+    fits_in_any_order,
+    fits_in_order,
+    is_too_large,
+    split_in_any_order,
+    split_in_order,
+    tabulate,
+)
 
 INF = math.inf
 OBJECTIVES: tuple[Objective, ...] = ("latency", "throughput")
@@ -100,6 +109,7 @@ def test_in_order_it_finds_what_trying_every_cut_finds(objective: Objective) -> 
         expected = best_of(orders, costs, transfers, classes, objective)
         found = split_in_order(costs, objective=objective, transfers=transfers, may_be_empty=may_be_empty)
         assert found == expected, (costs, transfers, may_be_empty)
+        assert fits_in_order(costs < INF, may_be_empty=may_be_empty) == (found is not None)
         nothing_fits += found is None
     assert 100 < nothing_fits < 1000
 
@@ -126,6 +136,8 @@ def test_in_any_order_it_finds_what_trying_every_order_finds(objective: Objectiv
             num_last=num_last,
         )
         assert found == expected, (classes, costs, transfers, may_be_empty, num_last)
+        quick = fits_in_any_order(costs < INF, classes=classes, may_be_empty=may_be_empty, num_last=num_last)
+        assert quick == (found is not None)
 
 
 def allowed_orders(num_places: int, num_last: int, may_be_empty: bool) -> Iterator[Sequence[int]]:
@@ -154,7 +166,7 @@ def test_of_cuts_with_the_same_sum_the_one_with_the_fastest_slowest_place_is_tak
 
 def test_of_cuts_with_the_same_slowest_place_the_one_with_the_least_sum_is_taken() -> None:
     costs = tabulate(lambda place, start, stop: (place + 1.0) * (stop - start), num_places=2, num_items=4)
-    # Both (2, 2) and (3, 1) have 4 or less as the slowest only for (2, 2): 4; (3, 1): 3 and 2.
+    # (2, 2) has 4 as the slowest, and (3, 1) has 3.
     assert split_in_order(costs, objective="throughput") == Found((0, 1), (3, 1), 5.0, 3.0)
 
 
