@@ -22,6 +22,7 @@ from tpdist.models.decoder import Decoder
 from tpdist.parallel.group import RankGroup, SingleGroup
 from tpdist.plan.model_config import LayerConfig, RopeConfig
 from tpdist.plan.shards import Partition
+from tpdist.plan.stages import Stage
 
 CPU = torch.device("cpu")
 VOCAB_SIZE = 300
@@ -48,13 +49,14 @@ def random_decoder(
     attend: AttentionBackend,
     dtype: torch.dtype,
     device: torch.device,
+    stage: Stage | None = None,
 ) -> Decoder:
     layers = tuple(LayerConfig(sliding_window=window, rope=RopeConfig()) for window in windows)
     config = small_config(
         layers=layers, num_hidden_layers=len(layers), num_key_value_heads=num_kv_heads, qk_norm=True, qkv_bias=True
     )
     partition = Partition((1,) * group.size)
-    model = Decoder(config, partition=partition, group=group, dtype=dtype, device=device, attend=attend)
+    model = Decoder(config, partition=partition, group=group, dtype=dtype, device=device, stage=stage, attend=attend)
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         noise = torch.randn(parameter.shape, generator=generator)

@@ -15,6 +15,7 @@ from tpdist.engine.runner import PlanGapError, Runner
 from tpdist.engine.scheduler import Scheduler
 from tpdist.layers.attention import AttentionContext, gather_attention
 from tpdist.parallel.group import RankGroup, SingleGroup
+from tpdist.plan.stages import Stage, stages_of, whole
 from tpdist.sampling_params import SamplingParams
 
 VOCAB_SIZE = 50
@@ -231,9 +232,42 @@ def test_with_two_steps_in_flight_two_sequences_take_turns() -> None:
         assert [output.token_ids[0] for output in outputs if output.request_id == name] == expected
 
 
+class Handing:
+    """The pipe between two stages in one process: what the first sends, the second receives."""
+
+    def __init__(self, waiting: deque[tuple[int, Tensor]], *, is_first: bool) -> None:
+        self.is_first, self.is_last = is_first, not is_first
+        self._waiting = waiting
+
+    def send(self, x: Tensor, *, step: int) -> None:
+        self._waiting.append((step, x.clone()))
+
+    def receive(self, num_tokens: int, *, step: int) -> Tensor:
+        sent, x = self._waiting.popleft()
+        assert (sent, len(x)) == (step, num_tokens)
+        return x
+
+
+class TwoStages:
+    """Two runners as one executor; the second runs a step when its result is asked for."""
+
+    def __init__(self, first: Runner, second: Runner) -> None:
+        self.stages = first, second
+        self.plans: deque[StepPlan] = deque()
+        self.max_in_flight = 2
+
+    def submit(self, plan: StepPlan) -> None:
+        assert self.stages[0].execute(plan) is None
+        self.plans.append(plan)
+
+    def collect(self) -> StepResult | None:
+        return self.stages[1].execute(self.plans.popleft())
+
+
+@pytest.mark.parametrize("num_stages", [1, 2])
 @pytest.mark.parametrize("num_blocks", [400, 40], ids=["room for all", "with preemption"])
-def test_tokens_are_the_same_with_recorded_decodes(num_blocks: int) -> None:
-    def answers(*, use_graphs: bool) -> dict[str, list[int]]:
+def test_tokens_are_the_same_with_recorded_decodes(num_blocks: int, num_stages: int) -> None:
+    def stage_runner(stage: Stage, pipe: Handing | None, *, use_graphs: bool) -> Runner:
         with torch.inference_mode():
             model = random_decoder(
                 group=SingleGroup(),
@@ -242,9 +276,10 @@ def test_tokens_are_the_same_with_recorded_decodes(num_blocks: int) -> None:
                 attend=gather_attention,
                 dtype=torch.float32,
                 device=CPU,
+                stage=stage,
             )
         cache = allocate(model.cache_shapes(), num_blocks=num_blocks, block_size=4, dtype=torch.float32, device=CPU)
-        local = Runner(
+        return Runner(
             model,
             group=SingleGroup(),
             cache=cache,
@@ -252,12 +287,26 @@ def test_tokens_are_the_same_with_recorded_decodes(num_blocks: int) -> None:
             max_model_len=100,
             epoch=3,
             device=CPU,
+            pipe=pipe,
             use_graphs=use_graphs,
             record=record,
         )
-        local.warm_up(8)
-        sizes = {"num_blocks": num_blocks, "max_num_seqs": 6, "max_num_batched_tokens": 9, "max_model_len": 100}
-        engine = Engine(Scheduler(**sizes, block_size=4, vocab_size=300, epoch=3), LocalExecutor(local))
+
+    def make_executor(*, use_graphs: bool) -> LocalExecutor | TwoStages:
+        if num_stages == 1:
+            return LocalExecutor(stage_runner(whole(3), None, use_graphs=use_graphs))
+        waiting: deque[tuple[int, Tensor]] = deque()
+        first, second = (
+            stage_runner(stage, Handing(waiting, is_first=stage.is_first), use_graphs=use_graphs)
+            for stage in stages_of((1, 2), 3)
+        )
+        return TwoStages(first, second)
+
+    def answers(*, use_graphs: bool) -> dict[str, list[int]]:
+        executor = make_executor(use_graphs=use_graphs)
+        sizes = {"num_blocks": num_blocks, "max_num_seqs": 6, "max_num_batched_tokens": 18, "max_model_len": 100}
+        scheduler = Scheduler(**sizes, block_size=4, vocab_size=300, epoch=3, num_stages=num_stages)
+        engine = Engine(scheduler, executor)
         for index in range(12):
             prompt = tuple((7 * index + place) % 300 for place in range(1 + 3 * index))
             sampling = SamplingParams(max_tokens=30, temperature=float(index % 2), seed=index)

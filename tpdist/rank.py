@@ -157,10 +157,10 @@ class Rank:
         return runner, num_blocks
 
     def _uses_graphs(self) -> bool:
-        """A graph's inputs are token ids and all of it is on one device, so that it holds a whole model only."""
-        whole_model = len(self._assign.stages) == 1 and len(set(self._assign.item_devices)) <= 1
+        """A graph is of one device."""
+        one_device = len(set(self._assign.item_devices)) <= 1
         capturable = self._device.type == "cuda" and self._peers.group.capturable
-        return capturable and whole_model and not self._settings["enforce_eager"]
+        return capturable and one_device and not self._settings["enforce_eager"]
 
     def _open_pipe(self, model: Decoder) -> Pipe:
         num_stages = len(self._assign.stages)

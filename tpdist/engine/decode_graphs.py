@@ -4,7 +4,8 @@ A small decode keeps a GPU busy for less time than Python takes to launch its ke
 launched as a whole, with the shapes and addresses that it was recorded with. So there is one graph for each rung: a
 number of sequences and a number of blocks for each, to which a step is padded. All of them read one buffer, which is
 filled before a launch by one copy from pinned memory. The graph works out the rest on the device: token ids from the
-last token of each slot, slots of the cache and lengths from positions and block tables.
+last token of each slot, slots of the cache and lengths from positions and block tables. On a later pipeline stage it
+reads hidden states in the place of tokens, from a buffer of their own.
 
 Padding rows repeat row 0. They write to the cache what row 0 writes, to where row 0 writes it; whichever write is the
 last, the same keys and values are read. So no place has to be kept free for them, and no other sequence is touched.
@@ -152,6 +153,7 @@ class DecodeGraphs:
         self._last_tokens = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
         most_inputs = 2 * max_num_seqs + MAX_GATHERED_KEYS // cache.block_size if enabled else 0
         self._inputs = torch.zeros(most_inputs, dtype=torch.int64, device=device)
+        self._hidden: Tensor | None = None
 
     def start(self, starts: Sequence[SequenceStart]) -> None:
         """Take the last tokens of sequences that begin."""
@@ -173,16 +175,25 @@ class DecodeGraphs:
         return self._num_keys(self._rung(len(work), num_blocks)) <= MAX_GATHERED_KEYS
 
     def run(
-        self, slots: np.ndarray, positions: np.ndarray, block_tables: np.ndarray, *, eager: Callable[[], Tensor]
+        self,
+        slots: np.ndarray,
+        positions: np.ndarray,
+        block_tables: np.ndarray,
+        *,
+        x: Tensor | None = None,
+        eager: Callable[[], Tensor],
     ) -> Tensor:
         """The hidden states of a step that this object serves, [num_seqs, hidden_size], which hold until the next run.
 
-        slots, positions: [num_seqs]; block_tables: [num_seqs, max_blocks]. `eager` runs the same step without a graph:
+        slots, positions: [num_seqs]; block_tables: [num_seqs, max_blocks]; x: on a later stage the hidden states that
+        go in, [num_seqs, hidden_size]. `eager` runs the same step without a graph:
         the first step of a rung does both, and returns what `eager` gives. Every rank must call it. Raises
         PeerLostError.
         """
         rung = self._rung(*block_tables.shape)
         self._fill(rung, slots, positions, block_tables)
+        if x is not None:
+            self._take_hidden(rung, x)
         replay = self._replays.get(rung)
         if replay is None:
             return self._run_first(rung, len(slots), eager)
@@ -212,6 +223,13 @@ class DecodeGraphs:
         rows[num_seqs:] = rows[0]
         self._rows(rung).copy_(staged, non_blocking=True)
 
+    def _take_hidden(self, rung: Rung, x: Tensor) -> None:
+        """x: [num_seqs, hidden_size]. Padding rows repeat row 0 here too."""
+        if self._hidden is None:
+            self._hidden = x.new_zeros(self._batch_sizes[-1], x.shape[1])
+        self._hidden[: len(x)] = x
+        self._hidden[len(x) : rung.num_seqs] = x[0]
+
     def _forward(self, rung: Rung) -> Tensor:
         """What is recorded. Its operations and their shapes depend on `rung` alone."""
         rows, size = self._rows(rung), self._cache.block_size
@@ -225,8 +243,8 @@ class DecodeGraphs:
             block_size=size,
             device_lens=positions + 1,
         )
-        token_ids = self._last_tokens.index_select(0, slots)
-        return self._model(token_ids, positions=positions, attention=attention, caches=self._cache.layers)
+        known = self._last_tokens.index_select(0, slots) if self._hidden is None else self._hidden[: rung.num_seqs]
+        return self._model(known, positions=positions, attention=attention, caches=self._cache.layers)
 
     def _run_first(self, rung: Rung, num_seqs: int, eager: Callable[[], Tensor]) -> Tensor:
         """Record a rung and compare what it gives with the eager path, which runs last and so leaves its keys and

@@ -5,9 +5,11 @@ other stages learn them from a later plan. So each rank holds the last token of 
 Log-probabilities stay on the rank that samples. It knows nothing of requests or of where plans come from.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -102,7 +104,7 @@ class Runner:
         """Apply and run a plan. Returns its result, whose tokens are the same on every rank of the last stage; None on
         the other stages."""
         if not self._pipe.is_last and plan.sampled:
-            self._slots.append(*zip(*plan.sampled, strict=True))
+            self._learn(plan.sampled)
         self._slots.apply(plan)
         self._graphs.start(plan.start)
         num_tokens = sum(work.num_tokens for work in plan.work)
@@ -119,6 +121,12 @@ class Runner:
         with span("send"):
             self._pipe.send(hidden, step=plan.step)
         return None
+
+    def _learn(self, sampled: Sequence[tuple[int, int]]) -> None:
+        """Take tokens that the last stage has sampled: (slot, token) each."""
+        slots, tokens = zip(*sampled, strict=True)
+        self._slots.append(slots, tokens)
+        self._graphs.remember(slots, to_device(np.array(tokens), self._device))
 
     def _finish(self, plan: StepPlan, hidden: Tensor, samples: Samples) -> StepResult:
         """Score and sample what the last stage computed. hidden: [num_tokens, hidden_size]."""
@@ -138,7 +146,7 @@ class Runner:
         """The hidden states of the tokens of a plan, [num_tokens, hidden_size], and after which of them to sample. x:
         what the stage before made of them, or None on the first one."""
         if self._graphs.serves(plan.work):
-            hidden = self._graphs.run(*self._slots.decodes(plan), eager=lambda: self._run_eagerly(plan, x)[0])
+            hidden = self._graphs.run(*self._slots.decodes(plan), x=x, eager=lambda: self._run_eagerly(plan, x)[0])
             return hidden, Samples(tuple(work.slot for work in plan.work), None)
         return self._run_eagerly(plan, x)
 

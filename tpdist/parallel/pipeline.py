@@ -36,8 +36,8 @@ class Pipe(Protocol):
         """What the stage before sent for `step`: [num_tokens, hidden_size], replicated. Raises PeerLostError."""
 
     def send(self, x: Tensor, *, step: int) -> None:
-        """Send x [num_tokens, hidden_size], replicated, to the next stage; x must not be changed afterwards. Raises
-        PeerLostError."""
+        """Send x [num_tokens, hidden_size], replicated, to the next stage; on a CPU x must not be changed afterwards.
+        Raises PeerLostError."""
 
 
 class Alone:
@@ -108,7 +108,8 @@ class ProcessPipe:
         assert self._after is not None, "no stage comes after"
         if self._group.rank != 0:
             return
-        staged = (x.cpu() if self._on_host else x).contiguous()
+        # What a CUDA graph gives is overwritten by the next step, which may come before this one has left.
+        staged = (x if x.is_cpu else x.cpu() if self._on_host else x.clone()).contiguous()
         while len(self._sending) >= self._max_in_flight:
             work, _ = self._sending.popleft()
             self._finish("send", self._after, work)
