@@ -1,4 +1,4 @@
-"""Whole transformers models: the same greedy tokens from generate(), in memory, offloaded to the CPU, or to the disk."""
+"""Whole transformers models: the same greedy tokens from generate(), in memory, offloaded to the CPU or to the disk."""
 
 from pathlib import Path
 from typing import Any

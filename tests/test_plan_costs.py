@@ -25,8 +25,9 @@ from tpdist.plan.decoder_weights import decoder_weights
 from tpdist.plan.memory import cache_blocks, cpu_cache_budget, cuda_usable_bytes, kv_bytes_per_token, weight_bytes
 from tpdist.plan.model_config import LayerConfig, ModelConfig, RopeConfig
 from tpdist.plan.placement import Demand, Device, Inventory, Link
-from tpdist.plan.places import Extra, Layout, Model, Place
+from tpdist.plan.places import Layout, Place
 from tpdist.plan.shards import Interval, Partition
+from tpdist.plan.sizes import Extra, Model
 from tpdist.plan.stages import Stage, stage_weights
 from tpdist.sampling_params import SamplingParams
 

@@ -18,11 +18,12 @@ from tpdist.plan.decoder_weights import decoder_weights
 from tpdist.plan.fitting import Problem
 from tpdist.plan.model_config import ModelConfig
 from tpdist.plan.placement import Demand, Device, Objective, Placement
-from tpdist.plan.places import Extra, Layout, Model, Place
+from tpdist.plan.places import Layout, Place
 from tpdist.plan.planner import plan_mapping
 from tpdist.plan.search import Found
 from tpdist.plan.shards import Interval, Partition
 from tpdist.plan.shrinking import smallest
+from tpdist.plan.sizes import Extra, Model
 
 LAYERS = small_config(num_hidden_layers=8, hidden_size=512, intermediate_size=2048, head_dim=64)
 """Of about 15 MiB each."""

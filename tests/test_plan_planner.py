@@ -17,9 +17,10 @@ from tpdist.plan.layouts import factorisations, proportions
 from tpdist.plan.memory import cpu_cache_budget
 from tpdist.plan.model_config import ModelConfig
 from tpdist.plan.placement import Demand, Device, Placement
-from tpdist.plan.places import Extra, Layout, Model, Place
+from tpdist.plan.places import Layout, Place
 from tpdist.plan.planner import plan_ranks
 from tpdist.plan.shards import Interval, Partition
+from tpdist.plan.sizes import Extra, Model
 
 LLAMA_405B = {
     "vocab_size": 128256,

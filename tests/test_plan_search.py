@@ -9,13 +9,13 @@ from itertools import combinations, pairwise, permutations
 import numpy as np
 import pytest
 
+from tpdist.plan.orders import is_too_large
 from tpdist.plan.placement import Objective
 from tpdist.plan.search import (
     Costs,
     Found,
     fits_in_any_order,
     fits_in_order,
-    is_too_large,
     split_in_any_order,
     split_in_order,
     tabulate,

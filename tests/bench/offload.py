@@ -6,8 +6,8 @@ Claims: seconds of a forward pass of Accelerate over those of tpdist.bigmodel, l
 the same of tpdist.bigmodel without reading ahead over those with it. The random bfloat16 llama is that of the other
 benchmarks with fewer layers; its embeddings and output layer stay in memory. All run in this process, one at a time.
 
-The disk is really read: before each pass all files leave the page cache (fsync, then posix_fadvise with DONTNEED), unless
---warm. A pass that reads ahead has read the first layer of the next one as it ends; it counts until that is done, so
+The disk is really read: before each pass all files leave the page cache (fsync, then posix_fadvise with DONTNEED),
+unless --warm. A pass that reads ahead reads the first layer of the next one too, and counts until that is done, so that
 each pass pays for as many bytes as it has layers. Accelerate is measured with its own copy of the weights, which its
 load_checkpoint_and_dispatch writes, and with the checkpoint's own files through an offload_index, as transformers does.
 """
@@ -105,7 +105,7 @@ def timed(model: nn.Module, token_ids: torch.Tensor, files: list[Path], logits: 
 
 def models(folder: Path, copies: Path) -> dict[str, nn.Module]:
     whole = bigmodel.load_checkpoint_and_dispatch(skeleton(folder), folder, {"": "cpu"})
-    made = {
+    return {
         "disk, reading ahead": bigmodel.load_checkpoint_and_dispatch(skeleton(folder), folder, ON_DISK),
         "disk, not ahead": bigmodel.load_checkpoint_and_dispatch(skeleton(folder), folder, ON_DISK, prefetch_blocks=0),
         "disk, Accelerate, a copy": accelerate_with_a_copy(folder, copies),
@@ -113,7 +113,6 @@ def models(folder: Path, copies: Path) -> dict[str, nn.Module]:
         "CPU, Accelerate": accelerate.cpu_offload(copy.deepcopy(whole), execution_device=torch.device("cpu")),
         "CPU": bigmodel.cpu_offload(whole, execution_device="cpu"),
     }
-    return made
 
 
 def main() -> None:

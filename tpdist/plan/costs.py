@@ -75,6 +75,9 @@ PROCESS_BYTES = 256 * MIB
 NCCL_BYTES = 256 * MIB
 """Buffers of one communicator on each of its GPUs."""
 
+STREAM_BUFFERS = 2
+"""Layers of the disk that are in memory at a time (models/streamed.py)."""
+
 SLOT_BYTES = 512 * 1024
 SEGMENT_HEADER_BYTES = 8192
 """Of the memory that ranks of one machine share: two slots for each (parallel/segment.py), and one header."""

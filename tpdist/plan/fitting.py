@@ -9,8 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from tpdist.plan.costs import demanded_tokens
-from tpdist.plan.memory import cache_blocks, cpu_cache_budget
+from tpdist.plan.cache_budgets import cache_of, only_cpus
 from tpdist.plan.placement import Demand, Objective
 from tpdist.plan.places import Layout, Need
 from tpdist.plan.search import (
@@ -108,17 +107,16 @@ class Problem:
             for stage, (place, layers) in enumerate(zip(found.places, runs, strict=True))
             for rank in range(len(self.layout.places[place].devices))
         )
-        budgets = _budgets(self.layout, needs, demand)
-        num_blocks, shortfalls = _cache(needs, budgets, demand)
+        cache = cache_of(self.layout, needs, demand)
         timed = _timed(found, runs, self.layout.seconds(demand), self.layout.transfers(demand))
         return Fit(
             layout=self.layout,
             demand=demand,
             found=timed,
             needs=needs,
-            num_blocks=num_blocks,
-            budgets=budgets,
-            shortfalls=shortfalls,
+            num_blocks=cache.num_blocks,
+            budgets=cache.budgets,
+            shortfalls=cache.shortfalls,
         )
 
     def may_fit(self, demand: Demand, *, tokens: int = 0) -> bool:
@@ -126,21 +124,22 @@ class Problem:
         return self._any_fits(self.layout.overflow(demand, tokens=tokens) <= 0)
 
     def room_decides(self, demand: Demand) -> bool:
-        """Whether what may_fit says is all: no rule limits the cache but the room that is left."""
-        return demand.kv_cache_memory_bytes is None and not _only_cpus(self.layout)
+        """Whether what may_fit says is all: no rule limits the cache but those of its tables."""
+        tables_tell = self.layout.mode == "devices" or not only_cpus(self.layout)
+        return demand.kv_cache_memory_bytes is None and self.fixed is None and tables_tell
 
     def _best(self, demand: Demand, *, tokens: int = 0) -> Found | None:
         fits = self.layout.overflow(demand, tokens=tokens) <= 0
         if not self._any_fits(fits):
             return None
-        seconds = np.where(fits, self.layout.seconds(demand), np.inf)
+        seconds = self.layout.seconds(demand)
+        if self.fixed is None:
+            seconds = np.where(fits, seconds, np.inf)
         return self._search(seconds, self.layout.transfers(demand), objective=self.objective)
 
     def _any_fits(self, fits: NDArray[np.bool_]) -> bool:
         if self.fixed is not None:
-            places, counts = self.fixed
-            stops = np.cumsum(counts)
-            return bool(fits[list(places), stops - counts, stops].all())
+            return True  # its bytes are counted one by one
         if self.classes is None:
             return fits_in_order(fits, may_be_empty=self.layout.mode == "devices")
         return fits_in_any_order(fits, classes=self.classes, may_be_empty=True, num_last=self.num_last)
@@ -180,58 +179,3 @@ def _timed(found: Found, runs: Sequence[Interval], seconds: Costs, transfers: Co
     for position, (place, after) in enumerate(zip(found.places, found.places[1:], strict=False)):
         values[position] += float(transfers[place, after])
     return replace(found, total=sum(values), slowest=max(values))
-
-
-def _cache(needs: Sequence[Need], budgets: Sequence[int], demand: Demand) -> tuple[int, tuple[int, ...]]:
-    """How many blocks all devices can hold, and what each device lacks."""
-    blocks = min(
-        cache_blocks(
-            budget,
-            block_bytes=need.token_bytes * demand.block_size,
-            block_size=demand.block_size,
-            max_num_seqs=demand.max_num_seqs,
-            max_model_len=demand.max_model_len,
-        )
-        for need, budget in zip(needs, budgets, strict=True)
-    )
-    tokens = max(demanded_tokens(demand), blocks * demand.block_size)
-    lacking = tuple(
-        max(
-            tokens * need.token_bytes - need.room_bytes,
-            demanded_tokens(demand) * need.token_bytes - budget,
-        )
-        for need, budget in zip(needs, budgets, strict=True)
-    )
-    return blocks, lacking
-
-
-def _budgets(layout: Layout, needs: Sequence[Need], demand: Demand) -> tuple[int, ...]:
-    """Bytes for the cache on each device, by the rule that a rank follows (rank.py)."""
-    asked = demand.kv_cache_memory_bytes
-    if asked is not None and layout.mode == "ranks":
-        return (asked,) * len(needs)
-    if asked is not None:
-        # One process' cache lies on several devices, on each in proportion to its layers.
-        layers = sum(need.layers.size for need in needs)
-        return tuple(asked * need.layers.size // layers for need in needs)
-    by_rule = _cpu_budgets(layout, needs)
-    return tuple(min(need.room_bytes, by_rule.get(need.device.node, need.room_bytes)) for need in needs)
-
-
-def _cpu_budgets(layout: Layout, needs: Sequence[Need]) -> dict[str, int]:
-    """By node, what the rule for CPUs gives each of its ranks, from what their weights and processes leave. It holds
-    for processes whose device is the CPU; layers that one with GPUs keeps in memory have what room there is."""
-    if not _only_cpus(layout):
-        return {}
-    available: dict[str, int] = {}
-    for need in needs:
-        left = need.device.free_bytes - need.weight_bytes - need.overhead_bytes - need.communication_bytes
-        available[need.device.node] = available.get(need.device.node, 0) + left
-    return {
-        node: cpu_cache_budget(left, local_ranks=layout.local_ranks[node] if layout.mode == "ranks" else 1)
-        for node, left in available.items()
-    }
-
-
-def _only_cpus(layout: Layout) -> bool:
-    return all(device.kind == "cpu" for place in layout.places for device in place.devices)

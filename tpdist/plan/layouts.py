@@ -53,7 +53,7 @@ def problem(config: ModelConfig, tp_size: int, pp_size: int) -> str | None:
     limits = (
         (config.num_attention_heads, "query heads"),
         (config.intermediate_size, "columns of the MLP"),
-        (config.vocab_size, "words"),
+        (config.vocab_size, "vocabulary rows"),
     )
     for limit, what in limits:
         if tp_size > limit:

@@ -5,9 +5,10 @@
     first-fit  as many layers on each GPU in turn as it has room for, the rest on the CPU (first_fit.py)
     manual     as many layers on each device as the user says, the rest on the CPU
 
-In exact placements the embedding lies with the first layer, and final norm and output with the last; in the others, all
-three lie with the first. A device has activations if it has layers. What of a layer is on the disk is counted against
-the disk, its cache included: files in memory, of which the kernel keeps what it has room for.
+In exact placements the embedding lies with the first layer, and final norm and output with the last; with first-fit,
+all three lie with the first; by hand, the user says. A device has activations if it has layers. Layers on the disk are
+computed in the machine's memory, which holds their caches and a few of them at a time; they are counted there, and
+shown with the disk.
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,13 +22,14 @@ from tpdist.plan.first_fit import first_fit
 from tpdist.plan.fitting import Fit, Problem
 from tpdist.plan.memory import DTYPE_BYTES
 from tpdist.plan.model_config import ModelConfig
+from tpdist.plan.orders import is_too_large
 from tpdist.plan.outcome import candidate, placement
 from tpdist.plan.placement import Candidate, Demand, Device, Inventory, Method, Objective, Placement
-from tpdist.plan.places import Extra, Layout, Model, Place, usable_bytes
+from tpdist.plan.places import Layout, Place, usable_bytes
 from tpdist.plan.refusal import common_helps, demand_in_words, refuse
-from tpdist.plan.search import is_too_large
 from tpdist.plan.shards import Partition, Weights
 from tpdist.plan.shrinking import shrink_notes, shrunk, smallest
+from tpdist.plan.sizes import Extra, Model
 
 ONE = Partition.even(1)
 
@@ -139,9 +141,7 @@ def _exact(task: _Task, demand: Demand) -> Placement:
     return _placed(task, fit, method="exact", notes=notes, rejected=rejected, advice=advice)
 
 
-def _manual(
-    task: _Task, demand: Demand, device_layers: Sequence[tuple[str, int]], *, head_first: bool
-) -> Placement:
+def _manual(task: _Task, demand: Demand, device_layers: Sequence[tuple[str, int]], *, head_first: bool) -> Placement:
     problem = task.fixed(_completed(task, device_layers), head_first=head_first)
     fit = shrunk([problem], demand)
     if fit is None:

@@ -14,22 +14,14 @@ from typing import Literal
 import numpy as np
 
 from tpdist.plan import costs, speed
-from tpdist.plan.costs import Bytes, ItemBytes, WeightItems
+from tpdist.plan.costs import Bytes
 from tpdist.plan.memory import DEFAULT_CPU_CACHE_BYTES, DTYPE_BYTES, cuda_usable_bytes
-from tpdist.plan.model_config import ModelConfig
 from tpdist.plan.placement import Demand, Device, Inventory
 from tpdist.plan.search import Costs
-from tpdist.plan.shards import Interval, Partition, Weights
+from tpdist.plan.shards import Interval, Partition
+from tpdist.plan.sizes import Model
 
 Mode = Literal["ranks", "devices"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Extra:
-    """What stays on the first device besides the decoder, such as an image encoder."""
-
-    bytes: int = 0
-    activation_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -67,35 +59,6 @@ class Need:
         return self.usable_bytes - self.fixed_bytes
 
 
-class Model:
-    """A model's sizes on any rank of any partition, each worked out once."""
-
-    def __init__(self, config: ModelConfig, weights: Weights, extra: Extra) -> None:
-        self.config = config
-        self.weights = weights
-        self.extra = extra
-        self.num_layers = config.num_hidden_layers
-        self._items = WeightItems(config, weights)
-        self._ropes = costs.rope_bytes(config)
-        self._on_rank: dict[tuple[tuple[int, ...], int, str], ItemBytes] = {}
-        self._tables: dict[tuple[tuple[int, ...], int, str, bool], Bytes] = {}
-
-    def items(self, partition: Partition, rank: int, dtype: str) -> ItemBytes:
-        key = (partition.shares, rank, dtype)
-        if key not in self._on_rank:
-            self._on_rank[key] = self._items.on_rank(partition, rank, dtype_bytes=DTYPE_BYTES[dtype])
-        return self._on_rank[key]
-
-    def weight_table(self, partition: Partition, rank: int, dtype: str, *, head_first: bool) -> Bytes:
-        """Weights and buffers by interval of layers, [num_layers + 1, num_layers + 1]; not to be changed."""
-        key = (partition.shares, rank, dtype, head_first)
-        if key not in self._tables:
-            table = self.items(partition, rank, dtype).by_interval(head_first=head_first) + self._ropes
-            table[0, :] += self.extra.bytes
-            self._tables[key] = table
-        return self._tables[key]
-
-
 @dataclass(frozen=True, kw_only=True)
 class Layout:
     """`places` of a model. In mode `ranks` each device is a process' own, and the places are stages in their order. The
@@ -111,6 +74,15 @@ class Layout:
     def local_ranks(self) -> Counter[str]:
         """How many ranks each node has."""
         return Counter(device.node for place in self.places for device in place.devices)
+
+    @cached_property
+    def host(self) -> Device | None:
+        """In one process, the memory in which layers are computed that lie there or on the disk."""
+        return next((device for device in self.inventory.devices if device.kind == "cpu"), None)
+
+    def stream_bytes(self, demand: Demand) -> int:
+        """What layers on the disk take in memory while they are used."""
+        return costs.STREAM_BUFFERS * int(self.model.items(Partition((1,)), 0, demand.dtype).layers.max())
 
     def overflow(self, demand: Demand, *, tokens: int = 0) -> Bytes:
         """[num_places, num_layers + 1, num_layers + 1]: by how much a run of layers exceeds the fullest device of a
@@ -139,7 +111,8 @@ class Layout:
             weight_bytes=int(self._weights(place, tp_rank, demand)[layers.start, layers.stop]),
             activation_bytes=self._activations(place, tp_rank, demand, is_first=is_first, is_last=is_last),
             communication_bytes=self._communication(place, tp_rank, demand, is_first=is_first, is_last=is_last),
-            overhead_bytes=costs.overhead_bytes(device.kind),
+            overhead_bytes=costs.overhead_bytes(device.kind)
+            + (self.stream_bytes(demand) if device.kind == "disk" else 0),
             token_bytes=layers.size * self._layer_token_bytes(place, tp_rank, demand),
         )
 
@@ -187,6 +160,8 @@ class Layout:
 
     def _overflow(self, place: Place, demand: Demand, tokens: int) -> Bytes:
         tokens = max(tokens, costs.demanded_tokens(demand))
+        if self.mode == "devices" and place.devices[0].kind != "cuda" and self.host is not None:
+            return self._host_overflow(place, self.host, demand, tokens)
         sizes = np.arange(self.model.num_layers + 1)
         num_layers = np.maximum(sizes[None, :] - sizes[:, None], 0)
         worst = np.full(num_layers.shape, np.iinfo(np.int64).min)
@@ -203,6 +178,29 @@ class Layout:
 
     def _weights(self, place: Place, rank: int, demand: Demand) -> Bytes:
         return self.model.weight_table(place.partition, rank, demand.dtype, head_first=self.head_first)
+
+    def _host_overflow(self, place: Place, host: Device, demand: Demand, tokens: int) -> Bytes:
+        """As `_overflow`, of the CPU or the disk, whose layers are computed in the memory of one machine. They are the
+        last ones, so that all layers behind a start have their caches there, and what the CPU leaves is the disk's."""
+        on_disk = place.devices[0].kind == "disk"
+        num_layers = self.model.num_layers
+        behind = num_layers - np.arange(num_layers + 1, dtype=np.int64)[:, None]
+        kv = behind * (tokens * self._layer_token_bytes(place, 0, demand))
+        weights = self._weights(place, 0, demand)
+        held = costs.overhead_bytes("cpu") + (0 if on_disk else weights)
+        table = held + kv + self._beside(place, 0, demand) - usable_bytes(host, demand)
+        streamed = table if on_disk else table[:, :-1]
+        streamed += self.stream_bytes(demand)
+        if not on_disk:
+            last = self._activations(place, 0, demand, is_first=False, is_last=not self.head_first)
+            own = self._activations(place, 0, demand, is_first=False, is_last=False)
+            streamed += max(0, last - own) + costs.hidden_bytes(self.model.config, demand)
+        if on_disk:
+            np.maximum(table, weights - usable_bytes(place.devices[0], demand), out=table)
+        if demand.kv_cache_memory_bytes is None:
+            available = np.maximum(host.free_bytes - held, 0)
+            np.maximum(table, kv - np.minimum(DEFAULT_CPU_CACHE_BYTES, available // 4), out=table)
+        return table
 
     def _beside(self, place: Place, rank: int, demand: Demand) -> Bytes:
         """Activations and communication by interval: they differ only where an interval has an end of the model."""

@@ -21,10 +21,11 @@ from tpdist.plan.memory import DTYPE_BYTES, weight_bytes
 from tpdist.plan.model_config import ModelConfig
 from tpdist.plan.outcome import candidate, impossible, placement
 from tpdist.plan.placement import Candidate, Demand, Device, Inventory, Objective, Placement
-from tpdist.plan.places import Extra, Layout, Model, Place, usable_bytes
+from tpdist.plan.places import Layout, Place, usable_bytes
 from tpdist.plan.refusal import common_helps, refuse
 from tpdist.plan.shards import Partition, Weights
 from tpdist.plan.shrinking import shrink_notes, shrunk, smallest
+from tpdist.plan.sizes import Extra, Model
 from tpdist.plan.stages import stages_of
 
 __all__ = ["plan_mapping", "plan_ranks"]
