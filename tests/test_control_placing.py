@@ -168,6 +168,14 @@ def test_max_memory_limits_what_it_names_and_leaves_out_the_rest() -> None:
     assert [(device.name, device.free_bytes) for device in made.devices] == [("cuda:1", GIB), ("cpu", 1 << 37)]
 
 
+def test_max_memory_does_not_take_the_disk_away_that_an_offload_folder_allows() -> None:
+    facts = node(devices=gpus(1))
+    for limits, expected in (({"cpu": GIB}, ["cpu", "disk"]), ({"0": GIB, "disk": 7}, ["cuda:0", "disk"])):
+        made = process_inventory(facts, device="cuda", asked=one_process(max_memory=limits, disk=True))
+        assert [device.name for device in made.devices] == expected
+        assert made.devices[-1].free_bytes == limits.get("disk", made.devices[-1].total_bytes)
+
+
 @pytest.mark.parametrize(("name", "device"), [("2", "cuda"), ("cuda:7", "cuda"), ("disk", "cuda"), ("0", "cpu")])
 def test_max_memory_of_a_device_that_is_not_there_is_refused(name: str, device: str) -> None:
     with pytest.raises(PlanError, match="max-memory names"):

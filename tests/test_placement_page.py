@@ -12,12 +12,14 @@ import json
 import os
 import re
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -30,6 +32,7 @@ ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs/placement.md"
 PICTURES = {"plan.svg": ROOT / "docs/placement-plan.svg"}
 RUN_S = 120
+NUM_PORTS = 5
 
 BLOCK = re.compile(
     r"<!-- runs: (?P<name>[\w-]+) -->\n```(?P<language>sh|python)\n(?P<code>.*?)```\n"
@@ -78,6 +81,19 @@ def blocks() -> list[Block]:
     ]
 
 
+def free_ports() -> int:
+    """The first of NUM_PORTS that are free, below those that the kernel gives away by itself."""
+    for first in range(21000, 32000, NUM_PORTS):
+        with ExitStack() as stack:
+            try:
+                for port in range(first, first + NUM_PORTS):
+                    stack.enter_context(socket.socket()).bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return first
+    raise AssertionError("no free ports")
+
+
 def environment() -> dict[str, str]:
     """A shell with .venv/bin on its PATH, no settings of tpdist, no GPU, and lines of 80 characters."""
     clean = {key: value for key, value in os.environ.items() if not key.startswith(("TPDIST_", "MISTRALRS_"))}
@@ -86,6 +102,7 @@ def environment() -> dict[str, str]:
         **clean,
         "PATH": path,
         "MODEL": str(builtin.path()),
+        "PORT": str(free_ports()),
         "COLUMNS": "80",
         "PYTHONUTF8": "1",
         "CUDA_VISIBLE_DEVICES": "",
@@ -96,6 +113,19 @@ def environment() -> dict[str, str]:
 
 def without_line_ends(text: str) -> str:
     return re.sub(r"[ \t]+$", "", text, flags=re.MULTILINE)
+
+
+def run_shell(code: str, folder: Path, env: dict[str, str]) -> str:
+    """What a script prints. Nothing of it is left afterwards."""
+    command = ["bash", "-uo", "pipefail", "-c", code]
+    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    with subprocess.Popen(command, cwd=folder, env=env, text=True, start_new_session=True, **output) as process:
+        try:
+            printed, _ = process.communicate(timeout=RUN_S)
+            return printed
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 @contextmanager
@@ -114,11 +144,7 @@ def session(folder: Path) -> Iterator[Runs]:
 
         def run(block: Block) -> str:
             if block.language == "sh":
-                shell = ["bash", "-uo", "pipefail", "-c", block.code]
-                done = subprocess.run(
-                    shell, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=RUN_S
-                )
-                return without_line_ends(done.stdout.decode())
+                return without_line_ends(run_shell(block.code, folder, env))
             assert python.stdin is not None
             assert python.stdout is not None
             python.stdin.write(json.dumps(block.code) + "\n")

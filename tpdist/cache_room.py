@@ -27,7 +27,13 @@ def blocks_with_room(model: Decoder, assign: Assign) -> int:
         )
         for budget_bytes, shapes in _budgets(model, assign)
     ]
-    return min([*blocks, assign.most_blocks] if assign.item_devices else blocks)
+    return min([*blocks, assign.most_blocks] if _follows_plan(assign) else blocks)
+
+
+def _follows_plan(assign: Assign) -> bool:
+    """Whether the plan knows better than what is free now: it keeps room for activations, which a GPU needs, and for
+    what the user allowed each device of one process."""
+    return bool(assign.item_devices) or assign.settings["device"] == "cuda"
 
 
 def _budgets(model: Decoder, assign: Assign) -> Iterator[tuple[int, CacheShapes]]:

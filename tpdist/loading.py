@@ -107,8 +107,11 @@ def _tensors(module: nn.Module) -> list[Tensor]:
 
 
 def _use_mapped(model: Decoder, parameter: str, weight: Tensor) -> None:
-    module = model.get_submodule(parameter.rpartition(".")[0])
-    module.weight = nn.Parameter(weight, requires_grad=False)
+    """In every module that shares the parameter: a tied output has the embedding's."""
+    shared, mapped = model.get_parameter(parameter), nn.Parameter(weight, requires_grad=False)
+    for module in (model.model.embed_tokens, model.lm_head):
+        if module is not None and module.weight is shared:
+            module.weight = mapped
 
 
 def _dtype_of(model: Decoder) -> torch.dtype:

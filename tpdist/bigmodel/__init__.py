@@ -6,6 +6,17 @@
 
 A model skeleton takes no memory; each weight is read straight to its device; what does not fit on the GPUs stays in CPU
 memory, or in the checkpoint's own files, and comes while it is needed. Checkpoints are safetensors, never pickles.
+
+What differs from Accelerate 1.15, beside the faults that greedy.py and memory.py list:
+
+- device_map="auto" is planned exactly (auto.py, search.py); the other words, and infer_auto_device_map, as there.
+- Modules on the disk are read from the checkpoint itself, and nothing is written, unless they were in memory. Without a
+  `dtype` they have the model's type, as modules on other devices have, and not the checkpoint's.
+- Buffers of modules on the disk are loaded. Parameters that a module ties as it is built stay tied on the meta device.
+- A device map must cover all buffers and name devices that exist; "meta" is none. A model that is dispatched refuses to
+  be moved. Errors are TpdistErrors, and ValueErrors or RuntimeErrors too.
+- `no_split_module_classes` and `skip_keys` come from the model (transformers' names for them) where they are not given,
+  except in infer_auto_device_map and get_balanced_memory. Environment variables change nothing.
 """
 
 from tpdist.bigmodel.align import AlignDevicesHook

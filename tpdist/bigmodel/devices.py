@@ -39,7 +39,14 @@ def torch_device(device: Device | torch.device) -> torch.device:
     if isinstance(device, int):
         return torch.device("cuda", device)
     found = torch.device(device)
+    if found.type == "cpu":
+        return torch.device("cpu")
     return torch.device("cuda", 0) if found.type == "cuda" and found.index is None else found
+
+
+def is_memory_or_disk(device: Device | torch.device) -> bool:
+    """Whether a device of a map is where modules wait that run elsewhere: "cpu" or "disk"."""
+    return device == "disk" or torch_device(device).type == "cpu"
 
 
 def check_devices(devices: Mapping[str, object]) -> None:

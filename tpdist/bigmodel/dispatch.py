@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from tpdist.bigmodel.align import AlignDevicesHook, Offloaded, Slot, like, slots
 from tpdist.bigmodel.auto import no_split_classes
 from tpdist.bigmodel.device_map import NUM_SHOWN, Placed, check_device_map, device_of, key_of
-from tpdist.bigmodel.devices import DeviceMapError, check_devices, torch_device
+from tpdist.bigmodel.devices import DeviceMapError, check_devices, is_memory_or_disk, torch_device
 from tpdist.bigmodel.guard import guard_against_moves
 from tpdist.bigmodel.hooks import add_hook_to_module, remove_hook_from_submodules
 from tpdist.bigmodel.offload_files import OffloadIndex, disk_entries
-from tpdist.bigmodel.sizes import get_non_persistent_buffers
+from tpdist.bigmodel.sizes import class_names, get_non_persistent_buffers
 from tpdist.bigmodel.sources import DiskSource, MemorySource, Source, StoredTensor, check_shape
 from tpdist.bigmodel.tied import check_tied_parameters_on_same_device, find_tied_parameters
 
@@ -38,7 +38,7 @@ def dispatch_model(
     offload_index: Mapping[str, Any] | None = None,
     offload_buffers: bool = False,
     skip_keys: str | Sequence[str] | None = None,
-    preload_module_classes: Sequence[str] | None = None,
+    preload_module_classes: str | Sequence[str] | None = None,
     force_hooks: bool = False,
     prefetch_blocks: int = NUM_BLOCKS_AHEAD,
     no_split_module_classes: str | Sequence[str] | None = None,
@@ -59,7 +59,7 @@ def dispatch_model(
     remove_hook_from_submodules(model)
     check_tied_parameters_on_same_device(find_tied_parameters(model), device_map)
     plan = _Plan(
-        model, device_map, _main_device(device_map, main_device), offload_buffers, tuple(preload_module_classes or ())
+        model, device_map, _main_device(device_map, main_device), offload_buffers, class_names(preload_module_classes)
     )
     devices = {str(device) if device == "disk" else str(torch_device(device)) for device in device_map.values()}
     if len(devices) == 1 and "disk" not in devices and not force_hooks:
@@ -80,7 +80,7 @@ def cpu_offload(
     execution_device: Placed | None = None,
     offload_buffers: bool = False,
     state_dict: Mapping[str, Tensor] | None = None,
-    preload_module_classes: Sequence[str] | None = None,
+    preload_module_classes: str | Sequence[str] | None = None,
 ) -> nn.Module:
     """Keep all parameters in CPU memory (`state_dict`, if given), and bring those of a module to `execution_device`
     (that of the first parameter, if not given) while it runs. `model` is changed and returned."""
@@ -97,7 +97,7 @@ def disk_offload(
     offload_dir: PathLike,
     execution_device: Placed | None = None,
     offload_buffers: bool = False,
-    preload_module_classes: Sequence[str] | None = None,
+    preload_module_classes: str | Sequence[str] | None = None,
     prefetch_blocks: int = NUM_BLOCKS_AHEAD,
 ) -> nn.Module:
     """Write all parameters that are in memory to `offload_dir`, as safetensors, and read each block's while it runs.
@@ -117,7 +117,7 @@ def _plan_for_one_device(
     device: str,
     execution_device: Placed | None,
     offload_buffers: bool,
-    preload: Sequence[str] | None,
+    preload: str | Sequence[str] | None,
 ) -> "_Plan":
     if execution_device is None:
         execution_device = next(iter(model.parameters())).device
@@ -126,7 +126,7 @@ def _plan_for_one_device(
     check_devices({"execution_device": execution_device})
     remove_hook_from_submodules(model)
     main = torch_device(execution_device)
-    return _Plan(model, {"": device}, main, offload_buffers, tuple(preload or ()), offloads_cpu=True)
+    return _Plan(model, {"": device}, main, offload_buffers, class_names(preload), offloads_cpu=True)
 
 
 def _main_device(device_map: Mapping[str, Placed], given: Placed | None) -> torch.device:
@@ -135,7 +135,7 @@ def _main_device(device_map: Mapping[str, Placed], given: Placed | None) -> torc
         if given == "disk":
             raise DeviceMapError("main_device is 'disk', where nothing runs: use 'cpu' or a GPU number")
         return torch_device(given)
-    found = (device for device in device_map.values() if str(device) not in ("cpu", "disk"))
+    found = (device for device in device_map.values() if not is_memory_or_disk(device))
     return torch_device(next(found, "cpu"))
 
 
@@ -147,7 +147,7 @@ class _Plan:
     device_map: Mapping[str, Placed]
     main: torch.device
     offload_buffers: bool
-    preload: tuple[str, ...]
+    preload: list[str]
     offloads_cpu: bool = False
     offloaded: dict[str, Offloaded] = field(default_factory=dict)
 
@@ -195,7 +195,7 @@ class _Plan:
 
     def _is_offloaded(self, slot: Slot) -> bool:
         device = self._device(slot)
-        if device != "disk" and not (self.offloads_cpu and str(device) == "cpu"):
+        if device != "disk" and not (self.offloads_cpu and is_memory_or_disk(device)):
             return False
         return not slot.is_buffer or (self.offload_buffers and slot.name not in self.non_persistent)
 
@@ -204,7 +204,7 @@ class _Plan:
 
     def _execution_device(self, slot: Slot) -> torch.device:
         device = self._device(slot)
-        return self.main if str(device) in ("cpu", "disk") else torch_device(device)
+        return self.main if is_memory_or_disk(device) else torch_device(device)
 
     def _module_device(self, name: str, module: nn.Module) -> torch.device:
         """Where a module runs: as the map says of it, or else with its own first tensor."""
@@ -212,7 +212,7 @@ class _Plan:
             own = next(slots(module, prefix=name, recurse=False), None)
             return self.main if own is None else self._execution_device(own)
         device = device_of(name, self.device_map)
-        return self.main if str(device) in ("cpu", "disk") else torch_device(device)
+        return self.main if is_memory_or_disk(device) else torch_device(device)
 
     def _hooked_modules(self) -> Iterator[tuple[str, nn.Module, list[Offloaded]]]:
         """The modules that need a hook: the top, those with tensors of their own or in the map, with what is offloaded

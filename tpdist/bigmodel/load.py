@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tpdist.bigmodel.align import Slot, like, slots
 from tpdist.bigmodel.auto import auto_device_map, no_split_classes, spilled_bytes
 from tpdist.bigmodel.device_map import NUM_SHOWN, Placed, check_device_map, device_of
-from tpdist.bigmodel.devices import Device, DeviceMapError, torch_device
+from tpdist.bigmodel.devices import Device, DeviceMapError, MaxMemory, torch_device
 from tpdist.bigmodel.dispatch import NUM_BLOCKS_AHEAD, PathLike, dispatch_model
 from tpdist.bigmodel.greedy import infer_auto_device_map
 from tpdist.bigmodel.memory import get_balanced_memory, get_max_memory
@@ -82,7 +82,7 @@ def load_checkpoint_and_dispatch(
     dtype: Dtype | None = None,
     offload_state_dict: bool | None = None,
     skip_keys: str | Sequence[str] | None = None,
-    preload_module_classes: Sequence[str] | None = None,
+    preload_module_classes: str | Sequence[str] | None = None,
     force_hooks: bool = False,
     strict: bool = False,
     full_state_dict: bool = True,
@@ -91,7 +91,8 @@ def load_checkpoint_and_dispatch(
 ) -> nn.Module:
     """load_checkpoint_in_model, then dispatch_model, with a device map that may be a word; see there for the rest.
 
-    "auto": the exact planner (auto.py), balanced over the GPUs if nothing spills for it that would not spill anyway.
+    "auto": the exact planner (auto.py) in memory that is balanced over the GPUs, unless a model would spill for it that
+    has room in `max_memory` as it is.
     "balanced", "balanced_low_0", "sequential": Accelerate's greedy placement in balanced memory, in memory balanced
     without GPU 0, and in `max_memory` as it is. Without a map the model is loaded where it is, and not dispatched.
     """
@@ -146,11 +147,18 @@ def named_device_map(
     balanced = get_balanced_memory(model, max_memory, no_split, dtype=dtype, low_zero=low_zero)
     if name != "auto":
         return infer_auto_device_map(model, balanced, no_split, dtype=dtype, offload_buffers=offload_buffers)
-    even = auto_device_map(model, balanced, no_split, dtype=dtype)
-    if spilled_bytes(model, even, dtype) == (0, 0):
-        return even
-    full = auto_device_map(model, get_max_memory(max_memory), no_split, dtype=dtype)
-    return full if spilled_bytes(model, full, dtype) < spilled_bytes(model, even, dtype) else even
+    options = (_capped(balanced), balanced, get_max_memory(max_memory))
+    maps = [auto_device_map(model, memory, no_split, dtype=dtype) for memory in options]
+    return min(maps, key=lambda found: spilled_bytes(model, found, dtype))
+
+
+def _capped(balanced: MaxMemory) -> MaxMemory:
+    """Balanced memory whose last GPU has no more than the others: it keeps all of its own, in case that the shares are
+    too small, and the planner, which likes few GPUs, would put everything there."""
+    gpus = [device for device in balanced if isinstance(device, int) and balanced[device] > 0]
+    if len(gpus) < 2:
+        return balanced
+    return balanced | {gpus[-1]: min(balanced[gpus[-1]], max(balanced[gpu] for gpu in gpus[:-1]))}
 
 
 def loaded_dtype(index: CheckpointIndex, dtype: Dtype | None) -> torch.dtype | None:

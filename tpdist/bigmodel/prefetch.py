@@ -5,7 +5,7 @@ block is followed by the first one, of the next pass. Knows neither modules nor 
 """
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 from torch import Tensor
 
@@ -48,6 +48,10 @@ class Prefetcher:
             self._read_ahead(block)
         self._current = (block, tensors)
         return tensors
+
+    def settle(self) -> None:
+        """Wait until nothing is being read ahead. Errors wait for who takes their block."""
+        wait(self._ahead.values())
 
     def _read_ahead(self, block: str) -> None:
         wanted: list[str] = []

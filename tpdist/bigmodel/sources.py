@@ -67,6 +67,10 @@ class DiskSource:
             tensors |= self._prefetcher.take(block)
         return tensors
 
+    def settle(self) -> None:
+        """Wait until nothing is being read ahead."""
+        self._prefetcher.settle()
+
     def __deepcopy__(self, memo: object) -> "DiskSource":
         return self
 

@@ -89,7 +89,11 @@ class _Task:
         *_, devices = self.tiers
         return devices
 
-    def problem(self, devices: Sequence[Device]) -> Problem:
+    def problems(self, devices: Sequence[Device]) -> tuple[Problem, Problem]:
+        """With the output beside the last layers, and beside the first."""
+        return self.problem(devices), self.problem(devices, head_first=True)
+
+    def problem(self, devices: Sequence[Device], *, head_first: bool = False) -> Problem:
         """Any order of the GPUs, or theirs if there are too many different ones."""
         kinds: dict[tuple[int, int, float], int] = {}
         gpus = [device for device in devices if device.kind == "cuda"]
@@ -99,7 +103,7 @@ class _Task:
         num_last = len(devices) - len(gpus)
         classes += range(len(kinds), len(kinds) + num_last)
         return Problem(
-            layout=self.layout(devices),
+            layout=self.layout(devices, head_first=head_first),
             objective=self.objective,
             classes=None if is_too_large(classes, num_last=num_last) else tuple(classes),
             num_last=num_last,
@@ -124,12 +128,13 @@ def _exact(task: _Task, demand: Demand) -> Placement:
         raise PlanError("there is no device to place layers on; give at least one GPU or CPU")
     problems = [task.problem(devices) for devices in task.tiers]
     notes: tuple[str, ...] = ()
-    for problem in problems:
-        fit = shrunk([problem], demand)
+    for tier, devices in enumerate(task.tiers):
+        fit = _best(task, devices, demand)
         if fit is not None:
             break
     else:
         raise _refusal(problems[-1], demand)
+    problem = problems[tier]
     if problem.classes is None:
         notes += (f"{len(problem.layout.places)} devices are too different to try all their orders: theirs was kept",)
     if fit.demand != demand:
@@ -139,6 +144,27 @@ def _exact(task: _Task, demand: Demand) -> Placement:
     advice = _keep_context(problems, fit, demand) if problem is problems[0] else ()
     rejected = _weighed(fit, _first_fit_candidate(task, fit.demand), task.objective, "first-fit")
     return _placed(task, fit, method="exact", notes=notes, rejected=rejected, advice=advice)
+
+
+def _best(task: _Task, devices: Sequence[Device], demand: Demand) -> Fit | None:
+    """The placement that keeps most of the demand, and of those the one that is best for the objective."""
+    made = [fit for problem in task.problems(devices) if (fit := shrunk([problem], demand))]
+    return min(made, key=lambda fit: (_lost(demand, fit.demand), fit.seconds(task.objective)), default=None)
+
+
+def _fitting(task: _Task, devices: Sequence[Device], demand: Demand) -> Fit | None:
+    """The best placement that keeps all of the demand."""
+    made = [fit for problem in task.problems(devices) if (fit := problem.fit(demand))]
+    return min(made, key=lambda fit: fit.seconds(task.objective), default=None)
+
+
+def _lost(before: Demand, after: Demand) -> tuple[int, int, int]:
+    """How much shrank, what shrinks last first."""
+    return (
+        before.max_num_seqs - after.max_num_seqs,
+        before.max_num_batched_tokens - after.max_num_batched_tokens,
+        costs.context_tokens(before) - costs.context_tokens(after),
+    )
 
 
 def _manual(task: _Task, demand: Demand, device_layers: Sequence[tuple[str, int]], *, head_first: bool) -> Placement:
@@ -162,7 +188,7 @@ def _first_fit(task: _Task, demand: Demand) -> Placement:
 
 def _beside_exact(task: _Task, fit: Fit, *, method: Method, notes: Sequence[str]) -> Placement:
     """With the exact placement weighed, and recommended if it is enough faster."""
-    exact = next((found for tier in task.tiers if (found := task.problem(tier).fit(fit.demand))), None)
+    exact = next((found for tier in task.tiers if (found := _fitting(task, tier, fit.demand))), None)
     rejected = _weighed(fit, exact, task.objective, "exact")
     advice: tuple[str, ...] = ()
     if exact is not None and exact.seconds(task.objective) * WORTH_SAYING < fit.seconds(task.objective):
