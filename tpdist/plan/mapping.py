@@ -128,13 +128,10 @@ def _exact(task: _Task, demand: Demand) -> Placement:
         raise PlanError("there is no device to place layers on; give at least one GPU or CPU")
     problems = [task.problem(devices) for devices in task.tiers]
     notes: tuple[str, ...] = ()
-    for tier, devices in enumerate(task.tiers):
-        fit = _best(task, devices, demand)
-        if fit is not None:
-            break
-    else:
-        raise _refusal(problems[-1], demand)
-    problem = problems[tier]
+    tried = ((_best(task, devices, demand), problem) for devices, problem in zip(task.tiers, problems, strict=True))
+    fit, problem = next((pair for pair in tried if pair[0] is not None), (None, problems[-1]))
+    if fit is None:
+        raise _refusal(problem, demand)
     if problem.classes is None:
         notes += (f"{len(problem.layout.places)} devices are too different to try all their orders: theirs was kept",)
     if fit.demand != demand:
