@@ -1,6 +1,7 @@
 """The exact planner on random models: it spills no model that fits, keeps what belongs together, covers all."""
 
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -170,6 +171,16 @@ def test_no_split_modules_of_the_model_are_used_if_none_are_given() -> None:
 def test_verbose_names_every_piece(capsys: pytest.CaptureFixture[str]) -> None:
     auto_device_map(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), {"cpu": "1KB"}, verbose=True)
     assert capsys.readouterr().out.splitlines() == ["0 (24 bytes) goes to cpu", "1 (24 bytes) goes to cpu"]
+
+
+@pytest.mark.parametrize("plan", [auto_device_map, infer_auto_device_map])
+def test_buffers_that_no_gpu_has_room_for_are_reported(plan: Any, caplog: pytest.LogCaptureFixture) -> None:
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), *(nn.BatchNorm1d(32) for _ in range(3)))
+    assert plan(model, {0: 2000, "cpu": 0}) == {"": 0}
+    plan(model, {0: 600, "cpu": 2000}, offload_buffers=True)
+    assert "buffers" not in caplog.text
+    assert plan(model, {0: 600, "cpu": 4000}) == {"0": 0, "1": "cpu", "2": "cpu", "3": "cpu"}
+    assert "buffers of offloaded layers take 792 bytes" in caplog.text
 
 
 def test_many_layers_take_a_moment_only() -> None:

@@ -148,6 +148,19 @@ def test_a_failing_forward_leaves_nothing_loaded(tmp_path: Path) -> None:
     assert model(IDS).shape == (1, 3, 10)
 
 
+def test_a_dispatch_that_fails_leaves_the_model_as_it_was(tmp_path: Path) -> None:
+    model = tied_model()
+    expected = model(IDS)
+    (tmp_path / "file").touch()
+    with pytest.raises(DeviceMapError, match="give a folder"):
+        dispatch_model(model, {"words": "cpu", "blocks": "disk", "out": "cpu"})
+    with pytest.raises(CheckpointError, match="cannot be written"):
+        dispatch_model(model, {"": "disk"}, offload_dir=tmp_path / "file")
+    assert torch.equal(model(IDS), expected)
+    assert not hasattr(model, "hf_device_map")
+    assert find_tied_parameters(model)
+
+
 def test_a_part_of_a_block_can_be_called_alone(tmp_path: Path) -> None:
     model = Model()
     x = torch.rand(2, 4)

@@ -1,11 +1,11 @@
-"""docs/placement.md shows what was really printed: its blocks run, from top to bottom, and print what stands below them.
+"""docs/placement.md shows what was really printed: its blocks run, from top to bottom, and print what stands there.
 
     python tests/test_placement_page.py      run them, and write into the page what they print now
 
-A block of bash or Python that runs is marked `<!-- runs: NAME -->`; the block of text behind it, if there is one, is all
-that it prints, but for spaces at the ends of lines. Bash blocks run one by one in one folder, stdout and stderr
-together. Python blocks are one session in the same folder, of which only stdout counts. A picture that a block makes is
-in docs/ under the name that PICTURES gives it.
+A block of bash or Python that runs is marked `<!-- runs: NAME -->`; the block of text behind it, if there is one, is
+all that it prints, but for spaces at the ends of lines. Bash blocks run one by one in one folder, stdout and stderr
+together. Python blocks are one session in the same folder, of which only stdout counts. A picture that a block makes
+is in docs/ under the name that PICTURES gives it.
 """
 
 import json
@@ -118,11 +118,17 @@ def without_line_ends(text: str) -> str:
 def run_shell(code: str, folder: Path, env: dict[str, str]) -> str:
     """What a script prints. Nothing of it is left afterwards."""
     command = ["bash", "-uo", "pipefail", "-c", code]
-    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    with subprocess.Popen(command, cwd=folder, env=env, text=True, start_new_session=True, **output) as process:
+    with subprocess.Popen(
+        command,
+        cwd=folder,
+        env=env,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    ) as process:
         try:
-            printed, _ = process.communicate(timeout=RUN_S)
-            return printed
+            return process.communicate(timeout=RUN_S)[0]
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)

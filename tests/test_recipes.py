@@ -13,7 +13,8 @@ import yaml
 from tpdist.settings import OPTIONS, Role, Settings
 
 ROOT = Path(__file__).parents[1]
-CONFIGS = sorted((ROOT / "configs").glob("*.toml"))
+INVENTORIES = [ROOT / "configs/two-machines.toml"]
+CONFIGS = [path for path in sorted((ROOT / "configs").glob("*.toml")) if path not in INVENTORIES]
 SCRIPTS = [ROOT / ".ci/run", *sorted((ROOT / "launch").iterdir())]
 CONSTRAINTS = ROOT / "configs/constraints.txt"
 

@@ -91,6 +91,12 @@ def sources(model: nn.Module) -> Iterator[DiskSource]:
             yield from (item.source for item in hook.offloaded if isinstance(item.source, DiskSource))
 
 
+def prompt(folder: Path, num_tokens: int) -> torch.Tensor:
+    """Random ids, the same in every run: [1, num_tokens]."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, AutoConfig.from_pretrained(folder).vocab_size, (1, num_tokens), generator=generator)
+
+
 def timed(model: nn.Module, token_ids: torch.Tensor, files: list[Path], logits: list[torch.Tensor]) -> float:
     """Seconds of one pass, with what it reads ahead. The logits are kept for the comparison."""
     reading = set(sources(model))
@@ -122,10 +128,10 @@ def main() -> None:
     options.add_argument("--warm", action="store_true", help="leave the files in the page cache")
     arguments = options.parse_args()
     torch.set_num_threads(arguments.threads)
-    with model_folder(arguments) as folder, TemporaryDirectory(prefix="tpdist-bench-", dir=folder) as copies:
+    with model_folder(arguments) as folder, TemporaryDirectory(prefix="tpdist-bench-") as copies:
         running = models(folder, Path(copies))
-        files = [] if arguments.warm else files_of(folder)
-        token_ids = torch.randint(0, 1000, (1, arguments.tokens), generator=torch.Generator().manual_seed(0))
+        files = [] if arguments.warm else files_of(folder, Path(copies))
+        token_ids = prompt(folder, arguments.tokens)
         logits: list[torch.Tensor] = []
         measures: dict[str, Callable[[], float]] = {
             name: lambda model=model: timed(model, token_ids, files, logits)  # type: ignore[misc]

@@ -2,10 +2,10 @@
 
     python tests/bench/pipeline.py [--runs 5]
 
-Claims: tokens per second of two stages over those of two tensor-parallel ranks, with 64 clients and with 8. With 8, each
-stage runs two batches of four in the time in which a tensor-parallel rank runs one batch of eight: weights are read
-twice. What that costs at best is measured beside: the products of half of the model's layers, packed, on one thread,
-once with eight rows over twice with four.
+Claims: tokens per second of two stages over those of two tensor-parallel ranks, with 64 clients and with 8. With 8,
+each stage runs two batches of four in the time in which a tensor-parallel rank runs one batch of eight: weights are
+read twice. What that costs at best is measured beside: the products of half of the model's layers, packed, on one
+thread, once with eight rows over twice with four.
 """
 
 import json

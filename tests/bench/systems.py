@@ -9,7 +9,7 @@ benchmarks start it and speak to it through measuring.System:
     decode    batch, prompt_tokens, max_tokens         transformers
     prefill   prompt_tokens                            transformers
     read, matmul                                       machine: its limits
-    layers    rows, shapes                             machine: products of a step with packed weights, one after another
+    layers    rows, shapes                             machine: the products of a step, with packed weights
 """
 
 import argparse

@@ -1,10 +1,11 @@
 """What two or more pipeline stages do when: a picture of some steps, and how much of the time all of them were busy.
 
-    python tests/bench/timeline.py --svg timeline.svg
+    python tests/bench/timeline.py [--runs 5] [--svg timeline.svg]
 
-Runs the model of the benchmarks with one rank a stage and `--trace-folder`, takes a stretch from the middle of the
-decodes, and draws what each rank computed. A stage is busy while it computes; it is idle while it waits for hidden
-states or for a plan.
+Claims: the part of the time in which every stage computes, of a stretch from the middle of the decodes.
+
+Runs the model of the benchmarks with one rank a stage and `--trace-folder`, and draws what each rank computed. A stage
+is busy while it computes; it is idle while it waits for hidden states or for a plan.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from statistics import median
 from tempfile import TemporaryDirectory
 from xml.sax.saxutils import escape
 
-from measuring import LoadGenerator, model_folder, parser
+from measuring import Figure, LoadGenerator, model_folder, parser, show
 
 from tpdist.bench.in_process import running_model
 from tpdist.bench.plot import nice_ticks
@@ -51,15 +52,24 @@ def main() -> None:
     options.add_argument("--steps", type=int, default=12, metavar="N", help="that are drawn (default: 12)")
     options.add_argument("--svg", type=Path, metavar="FILE", help="where the picture goes")
     arguments = options.parse_args()
-    with model_folder(arguments) as folder, TemporaryDirectory() as traces:
+    busy = []
+    with model_folder(arguments) as folder:
+        for _ in range(arguments.runs):
+            shown = measure(folder, arguments)
+            busy.append(all_busy(shown, num_ranks=arguments.stages))
+    if arguments.svg is not None:
+        title = f"{arguments.stages} stages, {arguments.clients} clients: all stages busy {busy[-1]:.0%} of the time"
+        arguments.svg.write_text(draw(shown, title=title, num_ranks=arguments.stages), encoding="utf-8")
+    name = f"{arguments.stages} stages, {arguments.clients} clients: part of the time with all busy"
+    show([Figure(name, busy)], as_json=arguments.json)
+
+
+def measure(folder: Path, arguments: argparse.Namespace) -> list[Busy]:
+    """A stretch of one run."""
+    with TemporaryDirectory() as traces:
         asyncio.run(run(folder, Path(traces), arguments))
         events = [event for file in Path(traces).glob("rank-*.jsonl") for event in read(file)]
-    shown = stretch(events, num_steps=arguments.steps, num_ranks=arguments.stages)
-    busy = all_busy(shown, num_ranks=arguments.stages)
-    title = f"{arguments.stages} stages, {arguments.clients} clients: all stages busy {busy:.0%} of the time"
-    if arguments.svg is not None:
-        arguments.svg.write_text(draw(shown, title=title, num_ranks=arguments.stages), encoding="utf-8")
-    print(json.dumps({"all_busy": busy}) if arguments.json else title)
+    return stretch(events, num_steps=arguments.steps, num_ranks=arguments.stages)
 
 
 async def run(folder: Path, traces: Path, arguments: argparse.Namespace) -> None:
@@ -148,9 +158,7 @@ def draw(events: Sequence[Busy], *, title: str, num_ranks: int) -> str:
     for tick in nice_ticks((end - begin) * 1e3)[:-1]:
         x = x_of(begin + tick / 1e3)
         lines.append(f'<line class="axis" x1="{x:.1f}" y1="{axis}" x2="{x:.1f}" y2="{axis + 5}"/>')
-        lines.append(
-            f'<text class="soft" x="{x:.1f}" y="{axis + 21}" text-anchor="middle">{(at - begin) * 1e3:.0f}</text>'
-        )
+        lines.append(f'<text class="soft" x="{x:.1f}" y="{axis + 21}" text-anchor="middle">{tick:g}</text>')
     lines += [f'<text class="soft" x="{WIDTH - RIGHT}" y="{axis + 38}" text-anchor="end">milliseconds</text>', "</svg>"]
     return "\n".join(lines) + "\n"
 

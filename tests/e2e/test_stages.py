@@ -69,13 +69,12 @@ def stages_of(node: NodeProcess) -> list[tuple[int, list[int]]]:
 def holds_what_was_foretold(node: NodeProcess) -> None:
     """Bytes of weights and cache on every rank, within 5 percent."""
     state = node.cluster()
-    ranks = {rank["rank"]: rank["held"] for each in state["nodes"] for rank in each["ranks"]}
     foretold = {plan["rank"]: plan for plan in state["plan"]["devices"]}
-    assert set(ranks) == set(foretold)
-    for rank, held in ranks.items():
+    held = {each["rank"]: each for each in state["plan"]["measured"]}
+    assert set(held) == set(foretold)
+    for rank, measured in held.items():
         for name in ("weight_bytes", "kv_cache_bytes"):
-            measured = sum(each[name] for each in held)
-            assert measured == pytest.approx(foretold[rank][name], rel=0.05), f"rank {rank}: {name}"
+            assert measured[name] == pytest.approx(foretold[rank][name], rel=0.05), f"rank {rank}: {name}"
 
 
 # -- one node ---------------------------------------------------------------------------------------------------------
@@ -200,10 +199,10 @@ def test_layers_on_the_disk_of_one_process_answer_as_transformers(
     node = processes.serve("single", staged, {"MISTRALRS_NO_NCCL": "1", **variables, **CACHE}).wait_ready()
     assert [choice["token_ids"] for choice in complete(node, PROMPTS, max_tokens=NUM_TOKENS)["choices"]] == expected
     state = node.cluster()
-    (rank,) = state["nodes"][0]["ranks"]
-    assert [held["device"] for held in rank["held"]] == ["cpu", "disk"]
+    measured = {each["device"]: each for each in state["plan"]["measured"]}
+    assert [*measured] == ["cpu", "disk"]
     for foretold in state["plan"]["devices"]:
-        (held,) = [each for each in rank["held"] if each["device"] == foretold["device"]["name"]]
+        held = measured[foretold["device"]["name"]]
         assert held["weight_bytes"] == pytest.approx(foretold["weight_bytes"], rel=0.05)
         assert held["kv_cache_bytes"] == pytest.approx(foretold["kv_cache_bytes"], rel=0.05)
     assert not list((tmp_path).glob("offload/*"))

@@ -19,6 +19,7 @@ What differs from Accelerate 1.15, beside the faults that greedy.py and memory.p
   except in infer_auto_device_map and get_balanced_memory. Environment variables change nothing.
 """
 
+from tpdist.bigmodel.access import align_module_device, has_offloaded_params, set_module_tensor_to_device
 from tpdist.bigmodel.align import AlignDevicesHook
 from tpdist.bigmodel.auto import auto_device_map
 from tpdist.bigmodel.device_map import check_device_map
@@ -61,6 +62,7 @@ __all__ = [
     "SequentialHook",
     "UserCpuOffloadHook",
     "add_hook_to_module",
+    "align_module_device",
     "auto_device_map",
     "calculate_maximum_sizes",
     "check_device_map",
@@ -78,6 +80,7 @@ __all__ = [
     "get_balanced_memory",
     "get_max_layer_size",
     "get_max_memory",
+    "has_offloaded_params",
     "infer_auto_device_map",
     "init_empty_weights",
     "init_on_device",
@@ -88,4 +91,5 @@ __all__ = [
     "remove_hook_from_submodules",
     "retie_parameters",
     "send_to_device",
+    "set_module_tensor_to_device",
 ]

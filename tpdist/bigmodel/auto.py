@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from tpdist.bigmodel.device_map import clean_device_map
-from tpdist.bigmodel.devices import Device
+from tpdist.bigmodel.devices import Device, MaxMemory
+from tpdist.bigmodel.greedy import warn_of_buffers
 from tpdist.bigmodel.memory import get_max_memory
 from tpdist.bigmodel.search import Piece, place
 from tpdist.bigmodel.sizes import (
@@ -55,7 +56,8 @@ def auto_device_map(
     """Where each module goes so that the fast devices hold as much as they can; infer_auto_device_map's signature.
 
     Without `no_split_module_classes`, those of the model's `_no_split_modules`. `fallback_allocation` changes nothing:
-    the search already considers all placements. Nor does `offload_buffers`: buffers count with their modules.
+    the search already considers all placements. Buffers count with their modules, although those of offloaded modules
+    stay on the main device without `offload_buffers`: a line in the log says so if no GPU has room for them.
     """
     memory = get_max_memory(max_memory)
     warn_if_not_tied(model, find_tied_parameters(model))
@@ -63,6 +65,8 @@ def auto_device_map(
     gpus = [device for device in memory if device not in ("cpu", "disk")]
     devices = [*gpus, "cpu", "disk"]
     placed = _placed(units, [memory[gpu] for gpu in gpus], memory.get("cpu", 0))
+    if not offload_buffers:
+        _warn_if_buffers_have_no_room(model, memory, units, [devices[device] for device in placed])
     where = {name: devices[device] for unit, device in zip(units, placed, strict=True) for name in unit.names}
     if verbose:
         for unit, device in zip(units, placed, strict=True):
@@ -81,6 +85,26 @@ def _placed(units: list[_Unit], gpu_bytes: list[int], cpu_bytes: int) -> list[in
         for before, unit in pairwise([_Unit([""], 0, 0), *units])
     ]
     return place(pieces, gpu_bytes=gpu_bytes, cpu_bytes=cpu_bytes)
+
+
+def _warn_if_buffers_have_no_room(
+    model: nn.Module, memory: MaxMemory, units: list[_Unit], placed: list[Device]
+) -> None:
+    used: dict[Device, int] = {}
+    buffers: dict[Device, int] = {}
+    for unit, device in zip(units, placed, strict=True):
+        used[device] = used.get(device, 0) + unit.num_bytes
+        tensors = (buffer for name in unit.names for buffer in _buffers(model, name))
+        buffers[device] = buffers.get(device, 0) + sum(tensor.nbytes for tensor in tensors)
+    warn_of_buffers(memory, used, buffers)
+
+
+def _buffers(model: nn.Module, name: str) -> list[Tensor]:
+    owner = model.get_submodule(name.rpartition(".")[0])
+    leaf = name.rpartition(".")[2]
+    if isinstance(buffer := owner._buffers.get(leaf), Tensor):
+        return [buffer]
+    return [] if leaf in owner._parameters else list(model.get_submodule(name).buffers())
 
 
 def spilled_bytes(model: nn.Module, device_map: Mapping[str, Device], dtype: Dtype | None = None) -> tuple[int, int]:

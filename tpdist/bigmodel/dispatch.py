@@ -164,15 +164,23 @@ class _Plan:
         offload_index: Mapping[str, Any] | None,
         prefetch_blocks: int,
     ) -> None:
-        """Take what is offloaded out of the model, and remember where it comes from."""
+        """Take what is offloaded out of the model, and remember where it comes from.
+
+        Nothing is taken before all is known to be somewhere: after an error the model is as it was.
+        """
         on_disk = [slot for slot in self.slots if self._is_offloaded(slot) and self._device(slot) == "disk"]
         in_memory = [slot for slot in self.slots if self._is_offloaded(slot) and self._device(slot) != "disk"]
+        sources: list[tuple[list[Slot], Source]] = []
         if in_memory:
-            self._offload(in_memory, MemorySource(self._memory(in_memory, state_dict or {})))
+            sources.append((in_memory, MemorySource(self._memory(in_memory, state_dict or {}))))
+        rest = [slot for slot in self.slots if not self._is_offloaded(slot)]
+        _check_values(self.model, [slot for slot in rest if slot.tensor.device.type == "meta"])
         if on_disk:
             folder = None if offload_dir is None else Path(offload_dir)
             entries = disk_entries(self.model, on_disk, folder=folder, index=offload_index)
-            self._offload(on_disk, self._disk_source(on_disk, entries, prefetch_blocks))
+            sources.append((on_disk, self._disk_source(on_disk, entries, prefetch_blocks)))
+        for places, source in sources:
+            self._offload(places, source)
 
     def place_the_rest(self) -> None:
         """Move all other tensors to where they run. A parameter that stands at several places stays one."""

@@ -66,7 +66,7 @@ def infer_auto_device_map(
             device: sum(compute_module_total_buffer_size(part, dtype, special_dtypes) for part in parts)
             for device, parts in walk.modules_on.items()
         }
-        _warn_of_buffers(memory, walk.used, buffers)
+        warn_of_buffers(memory, walk.used, buffers)
     return clean_device_map(walk.device_map) if clean_result else walk.device_map
 
 
@@ -240,11 +240,11 @@ def _ancestors(name: str) -> list[str]:
     return [".".join(parts[:count]) for count in range(1, len(parts))]
 
 
-def _warn_of_buffers(memory: MaxMemory, used: Mapping[Device, int], buffers: Mapping[Device, int]) -> None:
-    """Buffers of offloaded layers stay on the GPUs, and no limit above counts them."""
+def warn_of_buffers(memory: MaxMemory, used: Mapping[Device, int], buffers: Mapping[Device, int]) -> None:
+    """Buffers of offloaded layers stay on the GPU that runs them, beside the bytes that a plan counts there."""
     needed = buffers.get("cpu", 0) + buffers.get("disk", 0)
     gpus = [device for device in memory if device not in ("cpu", "disk")]
-    if needed and gpus and all(memory[gpu] < needed + used[gpu] for gpu in gpus):
+    if needed and gpus and all(memory[gpu] < needed + used.get(gpu, 0) for gpu in gpus):
         log.warning(
             "buffers of offloaded layers take %s bytes, more than any GPU has left: use offload_buffers=True", needed
         )

@@ -67,30 +67,32 @@ def process_devices(
     the bytes that `max_memory` allows it. Raises PlanError for a device that is not there."""
     found = [device for device in devices if device.kind != "cuda" or not cpu_only]
     if disk:
-        node = found[0].node
-        found.append(
-            Device(
-                name="disk",
-                kind="disk",
-                node=node,
-                total_bytes=DISK_BYTES,
-                free_bytes=DISK_BYTES,
-                bandwidth=DISK_BANDWIDTH,
-            )
-        )
+        found.append(_disk(found[0].node))
     if max_memory is not None:
         found = _limited(found, max_memory)
     return sorted(found, key=lambda device: _KINDS.index(device.kind))
 
 
+def _disk(node: str) -> Device:
+    return Device(
+        name="disk",
+        kind="disk",
+        node=node,
+        total_bytes=DISK_BYTES,
+        free_bytes=DISK_BYTES,
+        bandwidth=DISK_BANDWIDTH,
+    )
+
+
 def _limited(devices: Sequence[Device], most: Mapping[str, int]) -> list[Device]:
-    """With at most these bytes free; what is not named takes nothing. A plain number is a GPU's."""
+    """With at most these bytes free; what is not named takes nothing, but for the disk, which was allowed by itself. A
+    plain number is a GPU's."""
     limits = {f"cuda:{name}" if name.isdecimal() else name: size for name, size in most.items()}
     names = [device.name for device in devices]
     if unknown := [name for name in limits if name not in names]:
         raise PlanError(f"--max-memory names {', '.join(unknown)}, but the devices are {', '.join(names)}")
     return [
-        replace(device, free_bytes=min(device.free_bytes, limits[device.name]))
+        replace(device, free_bytes=min(device.free_bytes, limits.get(device.name, device.free_bytes)))
         for device in devices
-        if device.name in limits
+        if device.name in limits or device.kind == "disk"
     ]

@@ -96,13 +96,15 @@ def _cluster(service: Service) -> APIRouter:
 
 
 def cluster_body(state: ClusterState) -> dict[str, Any]:
-    """The body of /v1/cluster."""
+    """The body of /v1/cluster. What ranks hold stands beside what was planned, as `measured`."""
+    nodes = msgspec.to_builtins(state.nodes)
+    measured = [{"rank": rank["rank"], **held} for node in nodes for rank in node["ranks"] for held in rank.pop("held")]
     return {
         "state": state.state,
         "epoch": state.epoch,
         "phase": state.phase,
-        "nodes": msgspec.to_builtins(state.nodes),
-        "plan": state.plan,
+        "nodes": nodes,
+        "plan": {**state.plan, "measured": measured},
         "restarts": msgspec.to_builtins(state.restarts),
     }
 

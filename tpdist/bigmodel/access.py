@@ -1,0 +1,71 @@
+"""Reaching single tensors of a module: setting one on a device, and looking at what is offloaded."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+
+from tpdist.bigmodel.align import AlignDevicesHook, Slot, like, slots
+from tpdist.bigmodel.device_map import Placed
+from tpdist.bigmodel.devices import DeviceMapError, torch_device
+from tpdist.bigmodel.sizes import Dtype, as_dtype
+from tpdist.bigmodel.sources import cast
+
+
+def set_module_tensor_to_device(
+    module: nn.Module,
+    tensor_name: str,
+    device: Placed,
+    value: Tensor | None = None,
+    dtype: Dtype | None = None,
+    non_blocking: bool = False,
+) -> None:
+    """Put a parameter or buffer on a device ("meta" too), with `value` if that is given.
+
+    The value becomes `dtype`, unless it holds whole numbers or bools, or else the type of the tensor that it replaces.
+    Raises DeviceMapError if there is no such tensor, it has another shape, or it is on meta and has no value.
+    """
+    path, _, leaf = tensor_name.rpartition(".")
+    slot = Slot(tensor_name, module.get_submodule(path), leaf)
+    if leaf not in slot.owner._parameters and leaf not in slot.owner._buffers:
+        raise DeviceMapError(f"{type(module).__name__} has no parameter or buffer {tensor_name}")
+    old, target = slot.tensor, torch_device(device)
+    if value is None and old.device.type == "meta" and target.type != "meta":
+        raise DeviceMapError(f"{tensor_name} is on the meta device and has no values to put on {target}: give a value")
+    if value is not None and value.shape != old.shape:
+        raise DeviceMapError(f"the value for {tensor_name} has shape {list(value.shape)}, it has {list(old.shape)}")
+    values = old if value is None else value
+    values = cast(values, as_dtype(dtype)) if dtype is not None else values.to(old.dtype)
+    slot.put(like(values.detach().to(target, non_blocking=non_blocking), old))
+
+
+def has_offloaded_params(module: nn.Module) -> bool:
+    """Whether a module has a hook that brings tensors of it while it runs."""
+    hook = module.__dict__.get("_hf_hook")
+    return isinstance(hook, AlignDevicesHook) and hook.offload
+
+
+@contextmanager
+def align_module_device(module: nn.Module, execution_device: Placed | None = None) -> Iterator[None]:
+    """Within this context the tensors of a module itself, offloaded or not, are on `execution_device`: if it is not
+    given, those that are offloaded on the device of its hook, and the others where they are."""
+    hook = module.__dict__.get("_hf_hook")
+    if isinstance(hook, AlignDevicesHook) and hook.offload:
+        usual = hook.execution_device
+        hook.execution_device = usual if execution_device is None else torch_device(execution_device)
+        try:
+            hook.pre_forward(module)
+            yield
+        finally:
+            hook.release(module)
+            hook.execution_device = usual
+        return
+    own = [] if execution_device is None else [(slot, slot.tensor) for slot in slots(module, recurse=False)]
+    for slot, tensor in own:
+        if execution_device is not None:
+            slot.put(like(tensor.detach().to(torch_device(execution_device)), tensor))
+    try:
+        yield
+    finally:
+        for slot, tensor in own:
+            slot.put(tensor)
