@@ -116,6 +116,11 @@ def test_what_does_not_add_up_is_refused_with_the_numbers(
     assert not [text for text in named if text not in str(refused.value)], refused.value
 
 
+def test_more_stages_than_ranks_are_refused_with_the_ranks_that_they_need() -> None:
+    with pytest.raises(JoinError, match="needs 2 ranks, but the nodes have 1"):
+        ranks(1, pipeline_parallel_size=2)
+
+
 def test_five_ranks_of_a_model_with_four_heads_are_five_stages_and_the_note_says_why() -> None:
     config = small_config(num_hidden_layers=5, num_attention_heads=4, num_key_value_heads=2)
     demand = demand_of(config, {**SETTINGS, **SMALL}, dtype="float32", explicit=SMALL)

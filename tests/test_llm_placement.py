@@ -109,7 +109,7 @@ def holds_what_was_foretold(llm: LLM) -> None:
 
 
 def test_what_does_not_fit_the_memory_lies_on_the_disk(untied: Path, offload_folder: Path) -> None:
-    options = {**SMALL, "max_memory": {**ROOM_FOR_A_PART, "disk": "1TiB"}, "offload_folder": offload_folder}
+    options = {**SMALL, "max_memory": ROOM_FOR_A_PART, "offload_folder": offload_folder}
     with LLM(untied, **options, device_map="auto") as llm:
         placed = layers_on(llm)
         assert list(placed) == ["cpu", "disk"]
@@ -135,6 +135,16 @@ def test_a_map_puts_layers_on_the_disk_and_the_tokens_stay(tied: Path, offload_f
         assert tokens(llm) == reference_tokens(tied, PROMPTS, NUM_TOKENS)
         assert layers_on(llm)["disk"] == on_disk
         holds_what_was_foretold(llm)
+
+
+def test_the_layers_of_stages_say_how_many_ranks_there_are(tied: Path) -> None:
+    """As pipeline_parallel_size does: a number of stages, each of tensor_parallel_size ranks."""
+    with LLM(tied, **SMALL, pipeline_layers=[1, 5], tensor_parallel_size=1) as llm:
+        assert tokens(llm) == reference_tokens(tied, PROMPTS, NUM_TOKENS)
+        assert [(rank["stage"], rank["layers"]) for rank in llm.cluster_state().plan["ranks"]] == [
+            (0, [0, 1]),
+            (1, [1, 6]),
+        ]
 
 
 # -- refusals ---------------------------------------------------------------------------------------------------------

@@ -27,8 +27,8 @@ class Buffer:
 
 
 class Files:
-    """What layers are read from: `begun` are the numbers asked for, in order. A number in `shut` waits for its gate, one
-    in `broken` fails once."""
+    """What layers are read from: `begun` are the numbers asked for, in order. A number in `shut` waits for its gate,
+    one in `broken` fails once."""
 
     def __init__(self) -> None:
         self.begun: list[int] = []

@@ -44,6 +44,7 @@ def test_auto_and_sequential_are_methods_of_the_planner(gpus: tuple[str, ...]) -
         ("balanced", 5, GPUS[:1], (("cuda:0", 5),)),
         ("balanced", 5, (), ()),
         ("balanced_low_0", 5, GPUS, (("cuda:1", 3), ("cuda:2", 2))),
+        ("balanced_low_0", 5, GPUS[:1], (("cuda:0", 5),)),
         ("balanced_low_0", 5, (), ()),
     ],
 )

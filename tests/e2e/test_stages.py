@@ -40,6 +40,9 @@ STAGES = "MISTRALRS_PIPELINE_PARALLEL"
 AT_ONCE_S = 20.0
 RANK_BOUND_S = 8.0
 """Agents ask the ranks that are left to end, and give them five seconds."""
+HANG_TIMEOUT_S = 4
+HANG_BOUND_S = HANG_TIMEOUT_S + 12.0
+"""A stopped process does not end when it is asked to: after five seconds it is killed."""
 PLAN, USAGE, DISAGREEMENT, LOST = 3, 2, 5, 6
 
 
@@ -243,6 +246,18 @@ def test_a_killed_rank_of_a_stage_ends_every_node_and_is_named(
         stream.finish(timeout_s=5)
         assert f"rank {rank} on worker 0" in stream.error
         assert not stream.done
+
+
+def test_a_stage_that_hangs_ends_every_node_and_is_named_by_the_one_behind_it(
+    processes: Processes, staged: Path
+) -> None:
+    head, worker = two_unequal_nodes(processes, staged, **{STAGES: 3, "TPDIST_HANG_TIMEOUT_S": HANG_TIMEOUT_S})
+    stream = Stream(head, [1, 2, 3], max_tokens=4000).wait_first()
+    os.kill(worker.cluster()["nodes"][1]["ranks"][0]["pid"], signal.SIGSTOP)
+    assert processes.exit_codes(HANG_BOUND_S) == {"head": LOST, "worker-0": LOST}, processes.logs()
+    for node in (head, worker):
+        assert "rank 1 has gone or did not answer in time" in node.log[node.log.index("error: ") :]
+    assert stream.finish(timeout_s=5).error
 
 
 def test_sigterm_drains_the_stages_of_all_nodes(processes: Processes, staged: Path) -> None:
