@@ -205,7 +205,7 @@ def test_the_cpu_alone_may_be_asked_for() -> None:
 
 
 def test_limits_leave_out_what_they_do_not_name() -> None:
-    devices = found("2x24GiB,cpu=64GiB", max_memory="0=20GiB,cpu=100GiB").inventory.devices
+    devices = found("2x24GiB,cpu=64GiB", max_memory="0=20GiB,cpu=100GiB", gpu_memory_utilization="1").inventory.devices
     assert [(each.name, each.free_bytes // GIB) for each in devices] == [("cuda:0", 20), ("cpu", 64)]
     with pytest.raises(PlanError, match="names cuda:7, but the devices are cuda:0, cpu"):
         found("24GiB,cpu=64GiB", max_memory="7=20GiB")

@@ -22,7 +22,8 @@ from tpdist.control.placing import (
 from tpdist.control.state import Key, NodeFacts, name_of
 from tpdist.errors import JoinError, PlanError, SettingsError
 from tpdist.plan.decoder_weights import decoder_weights
-from tpdist.plan.placement import Device, Placement
+from tpdist.plan.placement import Demand, Device, Placement
+from tpdist.plan.places import usable_bytes
 from tpdist.plan.shards import Interval
 
 CONFIG = small_config(num_hidden_layers=5)
@@ -117,7 +118,7 @@ def test_what_does_not_add_up_is_refused_with_the_numbers(
 
 
 def test_more_stages_than_ranks_are_refused_with_the_ranks_that_they_need() -> None:
-    with pytest.raises(JoinError, match="needs 2 ranks, but the nodes have 1"):
+    with pytest.raises(JoinError, match="2 pipeline stages need at least as many ranks, but the nodes have 1"):
         ranks(1, pipeline_parallel_size=2)
 
 
@@ -170,7 +171,9 @@ def test_a_process_has_all_devices_of_its_node() -> None:
 def test_max_memory_limits_what_it_names_and_leaves_out_the_rest() -> None:
     asked = one_process(max_memory={"1": GIB, "cpu": 1 << 60})
     made = process_inventory(node(devices=gpus(2)), device="cuda", asked=asked)
-    assert [(device.name, device.free_bytes) for device in made.devices] == [("cuda:1", GIB), ("cpu", 1 << 37)]
+    usable = [usable_bytes(device, Demand(dtype="float32", max_model_len=1)) for device in made.devices]
+    assert [device.name for device in made.devices] == ["cuda:1", "cpu"]
+    assert usable == pytest.approx([GIB, 1 << 37], rel=1e-6)
 
 
 def test_max_memory_does_not_take_the_disk_away_that_an_offload_folder_allows() -> None:

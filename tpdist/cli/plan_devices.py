@@ -130,5 +130,6 @@ def _for_one_process(inventory: Inventory, settings: Settings) -> Inventory:
         cpu_only=settings.device == "cpu",
         disk=settings.offload_folder is not None,
         max_memory=settings.max_memory,
+        gpu_memory_utilization=settings.gpu_memory_utilization,
     )
     return replace(inventory, devices=tuple(devices))

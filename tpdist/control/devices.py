@@ -61,15 +61,20 @@ def _part(device: Device, *, number: int, parts: int) -> Device:
 
 
 def process_devices(
-    devices: Sequence[Device], *, cpu_only: bool, disk: bool, max_memory: Mapping[str, int] | None
+    devices: Sequence[Device],
+    *,
+    cpu_only: bool,
+    disk: bool,
+    max_memory: Mapping[str, int] | None,
+    gpu_memory_utilization: float,
 ) -> list[Device]:
-    """All devices of one process on a node: GPUs, its memory, and its disk if layers may be there, each with at most
-    the bytes that `max_memory` allows it. Raises PlanError for a device that is not there."""
+    """All devices of one process on a node: GPUs, its memory, and its disk if layers may be there, of which no more may
+    be used than `max_memory` allows, nor than else. Raises PlanError for a device that is not there."""
     found = [device for device in devices if device.kind != "cuda" or not cpu_only]
     if disk:
         found.append(_disk(found[0].node))
     if max_memory is not None:
-        found = _limited(found, max_memory)
+        found = _limited(found, max_memory, gpu_memory_utilization)
     return sorted(found, key=lambda device: _KINDS.index(device.kind))
 
 
@@ -84,15 +89,21 @@ def _disk(node: str) -> Device:
     )
 
 
-def _limited(devices: Sequence[Device], most: Mapping[str, int]) -> list[Device]:
-    """With at most these bytes free; what is not named takes nothing, but for the disk, which was allowed by itself. A
-    plain number is a GPU's."""
+def _limited(devices: Sequence[Device], most: Mapping[str, int], gpu_memory_utilization: float) -> list[Device]:
+    """With at most these bytes; what is not named takes nothing, but for the disk, which was allowed by itself. A plain
+    number is a GPU's."""
     limits = {f"cuda:{name}" if name.isdecimal() else name: size for name, size in most.items()}
     names = [device.name for device in devices]
     if unknown := [name for name in limits if name not in names]:
         raise PlanError(f"--max-memory names {', '.join(unknown)}, but the devices are {', '.join(names)}")
+
+    def limit(device: Device) -> int:
+        """Of a GPU a part is left to others, which the limit is not to lose as well."""
+        kept = int((1 - gpu_memory_utilization) * device.total_bytes) if device.kind == "cuda" else 0
+        return min(device.free_bytes, limits.get(device.name, device.free_bytes) + kept)
+
     return [
-        replace(device, free_bytes=min(device.free_bytes, limits.get(device.name, device.free_bytes)))
+        replace(device, free_bytes=limit(device))
         for device in devices
         if device.name in limits or device.kind == "disk"
     ]

@@ -30,6 +30,7 @@ class OneProcess:
     device_map: str | Mapping[str, int | str] | None
     max_memory: Mapping[str, int] | None
     disk: bool
+    gpu_memory_utilization: float = 0.9
 
 
 def node_name(key: Key) -> str:
@@ -145,5 +146,11 @@ def process_inventory(node: NodeFacts, *, device: str, asked: OneProcess) -> Inv
     """All devices of one node's process, of which the GPUs count unless the ranks are to run on the CPU."""
     found = probed_devices(node.fingerprint.probe, node=node_name(node.register.worker_id))
     return make_inventory(
-        process_devices(found, cpu_only=device == "cpu", disk=asked.disk, max_memory=asked.max_memory)
+        process_devices(
+            found,
+            cpu_only=device == "cpu",
+            disk=asked.disk,
+            max_memory=asked.max_memory,
+            gpu_memory_utilization=asked.gpu_memory_utilization,
+        )
     )

@@ -4,8 +4,8 @@
 
 A name stands for all that is below it, and the longest name that fits a module decides; "" stands for all. A layer lies
 on one device, and the layers of a device follow each other. Embedding, final norm and output go with the first or the
-last layers. `balanced` gives each GPU as many layers as the others, `balanced_low_0` none to the first one, and
-`sequential` fills one after the other. Knows no bytes.
+last layers. `balanced` gives each GPU as many layers as the others, `balanced_low_0` none to the first of several,
+and `sequential` fills one after the other. Knows no bytes.
 """
 
 from collections.abc import Mapping, Sequence
@@ -35,7 +35,7 @@ def mapped_layers(device_map: str | Mapping[str, int | str], *, num_layers: int,
     if device_map == "sequential":
         return MappedLayers("first-fit")
     if device_map in ("balanced", "balanced_low_0"):
-        return MappedLayers("manual", _balanced(num_layers, gpus[1:] if device_map == "balanced_low_0" else gpus))
+        return MappedLayers("manual", _balanced(num_layers, (device_map == "balanced_low_0" and gpus[1:]) or gpus))
     if isinstance(device_map, str):
         raise PlanError(f"device_map {device_map!r} is not auto, balanced, balanced_low_0, sequential, or a dict")
     return _from_names(device_map, num_layers=num_layers, gpus=gpus)

@@ -2,7 +2,8 @@
 
 What is reserved where, in bytes:
 
-    usable       9/10 of what is free on an accelerator; the CPU has no limit, since it can swap
+    usable       9/10 of what is free on an accelerator, unless the caller knows better; the CPU has no limit, since it
+                 can swap
     first        non-mapped parts (embedding, output, encoders) + max(mapped, non-mapped activations)
     others       mapped activations
     each layer   its weights + its KV cache
@@ -18,11 +19,20 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import NamedTuple
 
 from tpdist.errors import PlanError
 
 CPU = "cpu"
 MB = 1024 * 1024
+
+
+class _Memory(NamedTuple):
+    """A device that is not the CPU."""
+
+    name: str
+    free_bytes: int
+    usable_bytes: int
 
 
 @dataclass(frozen=True)
@@ -49,11 +59,13 @@ def first_fit(
     devices: Sequence[tuple[str, int]],
     cpu: bool,
     parameters: str,
+    usable: Sequence[int] | None = None,
 ) -> FirstFit:
     """Place layers of `layer_bytes` on `devices`, (name, free bytes) in the order of use, and what is left on the CPU.
 
-    `parameters`: what decided the activations and the cache, in words for messages. Raises PlanError if the model has
-    no layer, or if layers are left and the CPU may not take them.
+    `usable`: how many bytes of each device may be filled, if it is not 9/10 of what is free. `parameters`: what decided
+    the activations and the cache, in words for messages. Raises PlanError if the model has no layer, or if layers are
+    left and the CPU may not take them.
     """
     if not layer_bytes:
         raise PlanError("the model has no layers to place; check config.json")
@@ -62,18 +74,20 @@ def first_fit(
     placed: list[tuple[str, int]] = []
     warnings: list[str] = []
     next_layer = 0
-    for name, free_bytes in devices:
+    rooms = [usable_bytes(free_bytes) for _, free_bytes in devices] if usable is None else usable
+    memories = [_Memory(name, free, room) for (name, free), room in zip(devices, rooms, strict=True)]
+    for memory in memories:
         if next_layer == len(needs):
             break
         reserve = mapped_activation_bytes if placed else first_reserve
-        if count := _count_within(needs[next_layer:], usable_bytes(free_bytes) - reserve):
-            placed.append((name, count))
+        if count := _count_within(needs[next_layer:], memory.usable_bytes - reserve):
+            placed.append((memory.name, count))
             next_layer += count
         else:
-            warnings.append(_passed_over(name, free_bytes, reserve + needs[next_layer], parameters))
+            warnings.append(_passed_over(memory, reserve + needs[next_layer], parameters))
     if left := needs[next_layer:]:
         if not cpu:
-            raise PlanError(_excess(sum(left) + (0 if placed else first_reserve), len(left), devices, parameters))
+            raise PlanError(_excess(sum(left) + (0 if placed else first_reserve), len(left), memories, parameters))
         placed.append((CPU, len(left)))
     return FirstFit(tuple(placed), tuple(warnings))
 
@@ -88,16 +102,18 @@ def _count_within(needs: Sequence[int], room: int) -> int:
     return bisect_right(list(accumulate(needs)), room)
 
 
-def _passed_over(name: str, free_bytes: int, needed_bytes: int, parameters: str) -> str:
+def _passed_over(memory: _Memory, needed_bytes: int, parameters: str) -> str:
     return (
-        f"{name} takes no layer: one needs {_up(needed_bytes)} MB there with what is reserved, and "
-        f"{usable_bytes(free_bytes) // MB} MB of the {free_bytes // MB} MB that are free may be used; lower the "
+        f"{memory.name} takes no layer: one needs {_up(needed_bytes)} MB there with what is reserved, and "
+        f"{memory.usable_bytes // MB} MB of the {memory.free_bytes // MB} MB that are free may be used; lower the "
         f"parameters ({parameters}) to use it"
     )
 
 
-def _excess(excess_bytes: int, num_layers: int, devices: Sequence[tuple[str, int]], parameters: str) -> str:
-    listed = ", ".join(f"{name} ({usable_bytes(free) // MB} of {free // MB} MB usable)" for name, free in devices)
+def _excess(excess_bytes: int, num_layers: int, memories: Sequence[_Memory], parameters: str) -> str:
+    listed = ", ".join(
+        f"{each.name} ({each.usable_bytes // MB} of {each.free_bytes // MB} MB usable)" for each in memories
+    )
     return (
         f"the model exceeds its devices by {_up(excess_bytes)} MB: there is no room for {num_layers} of its layers on "
         f"{listed or 'any device'}; lower the parameters ({parameters}), use more devices, or let the CPU take what is "

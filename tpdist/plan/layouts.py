@@ -35,6 +35,11 @@ def sizes(
     model cannot be cut so."""
     if tp_size is None and pp_size is None:
         return _default(config, world_size)
+    if (pp_size or 1) > world_size:
+        raise JoinError(
+            f"{pp_size} pipeline stages need at least as many ranks, but the nodes have {world_size}; change "
+            "--pipeline-parallel-size or the nodes' LOCAL_WORLD_SIZE"
+        )
     stages = pp_size or max(1, world_size // (tp_size or 1))
     tp_size = tp_size or world_size // stages
     if tp_size * stages != world_size:

@@ -20,7 +20,7 @@ from tpdist.plan.advice import WORTH_SAYING
 from tpdist.plan.amounts import amount
 from tpdist.plan.first_fit import first_fit
 from tpdist.plan.fitting import Fit, Problem
-from tpdist.plan.memory import DTYPE_BYTES
+from tpdist.plan.memory import DEFAULT_CPU_CACHE_BYTES, DTYPE_BYTES
 from tpdist.plan.model_config import ModelConfig
 from tpdist.plan.orders import is_too_large
 from tpdist.plan.outcome import candidate, placement
@@ -236,7 +236,7 @@ def _completed(task: _Task, device_layers: Sequence[tuple[str, int]]) -> list[tu
 
 
 def _first_fit_layers(task: _Task, demand: Demand) -> tuple[tuple[tuple[str, int], ...], tuple[str, ...]]:
-    """What first_fit says, of the sizes that all placements here go by. What it may fill is 9/10 of what it is told."""
+    """What first_fit says, of the sizes that all placements here go by."""
     config, dtype_bytes = task.model.config, DTYPE_BYTES[demand.dtype]
     items = task.model.items(ONE, 0, demand.dtype)
     hidden = costs.hidden_bytes(config, demand)
@@ -255,12 +255,9 @@ def _first_fit_layers(task: _Task, demand: Demand) -> tuple[tuple[tuple[str, int
             costs.logits_bytes(config, ONE, 0, demand, kind="cuda"), task.model.extra.activation_bytes
         ),
         kv_bytes_per_layer=costs.demanded_tokens(demand) * token_bytes,
-        devices=[
-            (
-                device.name,
-                max(0, usable_bytes(device, demand) - costs.overhead_bytes(device.kind) - hidden - ropes) * 10 // 9,
-            )
-            for device in gpus
+        devices=[(device.name, device.free_bytes) for device in gpus],
+        usable=[
+            max(0, usable_bytes(device, demand) - costs.overhead_bytes(device.kind) - hidden - ropes) for device in gpus
         ],
         cpu=any(device.kind == "cpu" for device in task.devices),
         parameters=demand_in_words(demand),
@@ -325,6 +322,20 @@ def _refusal(problem: Problem, demand: Demand) -> PlanError:
     kinds = {place.devices[0].kind for place in problem.layout.places}
     if problem.fixed is not None and (other := shrunk([replace(problem, fixed=None)], demand)):
         helps.append(f"another placement would fit: {_in_words(other)}")
+    if demand.kv_cache_memory_bytes is None and fits(
+        replace(demand, kv_cache_memory_bytes=_cache_bytes(closest, demand))
+    ):
+        helps.append(
+            f"--kv-cache-memory-bytes {_cache_bytes(closest, demand)} would fit: without it the caches on the CPU "
+            f"take a quarter of what is free, at most {amount(DEFAULT_CPU_CACHE_BYTES)}"
+        )
     if "cpu" not in kinds:
         helps.append("a CPU among the devices would take the layers that do not fit")
+    elif "disk" not in kinds:
+        helps.append("--offload-folder FOLDER lets layers lie on the disk, which is slowest")
     return refuse(closest, before=demand, helps=helps)
+
+
+def _cache_bytes(fit: Fit, demand: Demand) -> int:
+    """Of the caches on all devices together, for what is demanded."""
+    return costs.demanded_tokens(demand) * sum(need.token_bytes for need in fit.needs)
