@@ -130,6 +130,13 @@ def test_floats_become_the_wanted_type_and_nothing_else_does(
     assert torch.allclose(out.float(), reference.to(expected)(torch.tensor([1, 2])).float())
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, "int64", torch.bool])
+def test_weights_do_not_become_whole_numbers(tmp_path: Path, dtype: Any) -> None:
+    folder, _ = stored(tmp_path)
+    with pytest.raises(ValueError, match=r"dtype torch\.\w+ cannot hold weights: use a floating type"):
+        load_checkpoint_and_dispatch(empty(), folder, device_map={"": "cpu"}, dtype=dtype)
+
+
 def test_some_modules_may_stay_in_float32(tmp_path: Path) -> None:
     folder, _ = stored(tmp_path)
     model = empty()

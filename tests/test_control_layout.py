@@ -121,6 +121,12 @@ def test_stages_get_their_layers_and_shares() -> None:
     assert [(stage.start, stage.stop, stage.shares) for stage in given.stages] == [(0, 1, (3, 1)), (1, 3, (3, 1))]
 
 
+def test_stages_alone_make_as_many_ranks_on_a_node_without_a_gpu() -> None:
+    assert layout(node(), pipeline_parallel_size=3).assigns[0].world_size == 3
+    assert layout(node(), pipeline_layers=[2, 1]).assigns[0].world_size == 2
+    assert layout(node(probe={"devices": gpus(4)}), device="cuda", pipeline_parallel_size=2).assigns[0].tp_size == 2
+
+
 def test_more_ranks_than_heads_become_the_fewest_stages_that_work_and_the_plan_says_so() -> None:
     made = layout(node(local_world_size=9))
     assert (made.assigns[0].tp_size, len(made.assigns[0].stages)) == (3, 3)

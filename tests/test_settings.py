@@ -312,3 +312,39 @@ def test_every_option_has_a_help_text_and_names_of_its_own() -> None:
     assert all(option.description.endswith(".") for option in OPTIONS.values())
     assert OPTIONS["kv_cache_memory_bytes"].flag == "--kv-cache-memory-bytes"
     assert OPTIONS["kv_cache_memory_bytes"].variable == "TPDIST_KV_CACHE_MEMORY_BYTES"
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"placement": "first-fit"}, "TPDIST_PLACEMENT=first-fit means something for one process only"),
+        ({"offload_folder": "/tmp"}, "TPDIST_OFFLOAD_FOLDER=/tmp means something for one process only"),
+        ({"no_nccl": True, "pipeline_layers": "1,2"}, "asks for|TPDIST_PIPELINE_LAYERS means nothing"),
+        ({"device_map": "auto", "tensor_shares": "1,2"}, "TPDIST_TENSOR_SHARES means nothing"),
+        ({"device_layers": "4", "device_map": "auto"}, "--device-layers says where each layer is"),
+        (
+            {"pipeline_layers": "1,2", "pipeline_parallel_size": "3"},
+            "names 2 stages, but MISTRALRS_PIPELINE_PARALLEL=3",
+        ),
+        ({"max_memory": "cpu"}, "must be sizes by device"),
+        ({"device_map": "{"}, "must be one of auto, balanced"),
+        ({"tensor_shares": "1,0"}, "must be whole numbers of at least 1"),
+        ({"trace_folder": "/nowhere"}, "TPDIST_TRACE_FOLDER=/nowhere: no such folder"),
+    ],
+)
+def test_placements_that_contradict_each_other_are_named(options: dict[str, object], words: str) -> None:
+    with pytest.raises(SettingsError, match=words):
+        Settings.load(options, environ={})
+
+
+def test_layers_of_stages_say_how_many_stages_and_ranks_there_are() -> None:
+    settings = Settings.load({"pipeline_layers": "1,2", "tensor_parallel_size": "2"}, environ={})
+    assert (settings.num_stages, settings.world_size) == (2, 4)
+    assert settings.shared()["pipeline_layers"] == [1, 2]
+    assert settings.explicit() == {"pipeline_layers": [1, 2], "tensor_parallel_size": 2}
+
+
+def test_an_empty_device_map_or_limit_is_one_that_was_given() -> None:
+    assert Settings.load({"device_map": {}}, environ={}).one_process
+    assert Settings.load({"max_memory": {}}, environ={}).one_process
+    assert not Settings.load({}, environ={}).one_process

@@ -152,7 +152,12 @@ class ClusterSettings(BaseSettings):
             return self.global_world_size or self.local_world_size
         if self.tensor_parallel_size is None:
             return None
-        return self.tensor_parallel_size * (self.pipeline_parallel_size or 1)
+        return self.tensor_parallel_size * (self.num_stages or 1)
+
+    @property
+    def num_stages(self) -> int | None:
+        """Pipeline stages, as far as somebody asked for them."""
+        return self.pipeline_parallel_size
 
     def contradictions(self) -> Iterator[str]:
         """Everything in these settings that cannot be meant, one message each, with the variables and the numbers."""
@@ -195,7 +200,7 @@ class ClusterSettings(BaseSettings):
         if not self.one_process:
             return
         multi_node = self._set_among(("global_world_size", *HEAD, *WORKER))
-        ranks = self.world_size or self.pipeline_parallel_size or 1
+        ranks = self.world_size or self.num_stages or 1
         if multi_node:
             yield (
                 f"{self.one_process} places the layers over the devices of one process, which contradicts "
@@ -223,7 +228,7 @@ class ClusterSettings(BaseSettings):
 
     def _parallel_contradictions(self) -> Iterator[str]:
         world_size = self.world_size
-        asked = (self.tensor_parallel_size or 1) * (self.pipeline_parallel_size or 1)
+        asked = (self.tensor_parallel_size or 1) * (self.num_stages or 1)
         names = self._set_among(("tensor_parallel_size", "pipeline_parallel_size"))
         if world_size is None or not names:
             return

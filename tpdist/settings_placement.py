@@ -13,7 +13,10 @@ from tpdist.settings_cluster import ClusterSettings
 from tpdist.settings_options import option
 from tpdist.settings_values import parse_counts, parse_device_map, parse_sizes
 
+# What makes one process of a node; what means something only then; what means nothing then.
 ONE_PROCESS = ("device_layers", "device_map", "max_memory")
+OF_ONE_PROCESS = ("placement", "offload_folder")
+OF_RANKS = ("pipeline_layers", "tensor_shares")
 
 
 class PlacementSettings(ClusterSettings):
@@ -104,11 +107,27 @@ class PlacementSettings(ClusterSettings):
 
     @property
     def one_process(self) -> str:
-        asked = [f"TPDIST_{name.upper()}={getattr(self, name)}" for name in ONE_PROCESS if getattr(self, name)]
+        asked = [f"{_variable(name)}={getattr(self, name)}" for name in ONE_PROCESS if getattr(self, name) is not None]
         return super().one_process or ", ".join(asked)
+
+    @property
+    def num_stages(self) -> int | None:
+        return super().num_stages or (None if self.pipeline_layers is None else len(self.pipeline_layers))
 
     def contradictions(self) -> Iterator[str]:
         yield from super().contradictions()
+        yield from self._placement_contradictions()
+        for name in () if self.one_process else OF_ONE_PROCESS:
+            if name in self.model_fields_set and getattr(self, name) is not None:
+                yield (
+                    f"{_variable(name)}={getattr(self, name)} means something for one process only: set "
+                    f"MISTRALRS_NO_NCCL=1 too, or unset it"
+                )
+        for name in OF_RANKS if self.one_process else ():
+            if getattr(self, name) is not None:
+                yield f"{self.one_process} means one rank, for which {_variable(name)} means nothing; unset one"
+
+    def _placement_contradictions(self) -> Iterator[str]:
         if self.device_layers is not None and (self.device_map is not None or self.max_memory is not None):
             yield "--device-layers says where each layer is, and so does --device-map (with --max-memory); unset one"
         if self.pipeline_layers is not None and self.pipeline_parallel_size not in (None, len(self.pipeline_layers)):
@@ -116,3 +135,7 @@ class PlacementSettings(ClusterSettings):
                 f"TPDIST_PIPELINE_LAYERS={','.join(map(str, self.pipeline_layers))} names "
                 f"{len(self.pipeline_layers)} stages, but MISTRALRS_PIPELINE_PARALLEL={self.pipeline_parallel_size}"
             )
+
+
+def _variable(name: str) -> str:
+    return f"TPDIST_{name.upper()}"

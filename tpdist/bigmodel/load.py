@@ -162,10 +162,16 @@ def _capped(balanced: MaxMemory) -> MaxMemory:
 
 
 def loaded_dtype(index: CheckpointIndex, dtype: Dtype | None) -> torch.dtype | None:
-    """The type that floats are loaded as; None for what the model has."""
+    """The type that floats are loaded as; None for what the model has. Raises ValueError for a type of whole numbers,
+    which would cut the weights off."""
     if dtype == "auto":
         return None if index.dtype is None else as_dtype(index.dtype)
-    return None if dtype is None else as_dtype(dtype)
+    if dtype is None:
+        return None
+    wanted = as_dtype(dtype)
+    if not wanted.is_floating_point:
+        raise ValueError(f"dtype {wanted} cannot hold weights: use a floating type, as torch.float16, or 'auto'")
+    return wanted
 
 
 def _targets(model: nn.Module, index: CheckpointIndex, *, strict: bool) -> list[tuple[TensorEntry, list[Slot]]]:

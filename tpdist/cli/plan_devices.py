@@ -99,7 +99,7 @@ def _kind(nodes: Sequence[Sequence[Device]], asked: str) -> str:
 def _rank_counts(settings: Settings, gpus: Sequence[int | None]) -> tuple[int, ...]:
     """Ranks of each node: what was asked for, else its GPUs, else its share of what is left."""
     if len(gpus) == 1 and settings.global_world_size is None:
-        return (place_of(settings).local_world_size or gpus[0] or 1,)
+        return (place_of(settings).local_world_size or gpus[0] or settings.num_stages or 1,)
     requested = [settings.local_world_size or gpus[0], *gpus[1:]]
     if settings.global_world_size is None:
         return tuple(size or settings.local_world_size or 1 for size in requested)

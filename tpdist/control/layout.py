@@ -52,7 +52,8 @@ def make_layout(
     the head's own network interface with an address. Raises PlanError or JoinError."""
     device = _device(nodes, settings["device"])
     dtype = checkpoint_dtype if settings["dtype"] == "auto" else settings["dtype"]
-    sizes = node_sizes(nodes, device=device, global_world_size=global_world_size)
+    stages = 1 if one_process else asked_stages(settings)
+    sizes = node_sizes(nodes, device=device, global_world_size=global_world_size, stages=stages)
     demand = demand_of(config, settings, dtype=dtype, explicit=explicit)
     if one_process is None:
         inventory = ranks_inventory(nodes, sizes, device=device)
@@ -99,14 +100,22 @@ def _stages(config: ModelConfig, placement: Placement) -> tuple[StageAssign, ...
     return tuple(StageAssign(start=layers.start, stop=layers.stop, shares=shares) for layers, shares in pairs)
 
 
-def node_sizes(nodes: Sequence[NodeFacts], *, device: str, global_world_size: int | None) -> tuple[int, ...]:
-    """Ranks of each node: what its user set, else its CUDA devices, else its share of what is left."""
+def asked_stages(settings: Mapping[str, Any]) -> int:
+    """Pipeline stages that somebody asked for; 1 if nobody did."""
+    return settings["pipeline_parallel_size"] or len(settings["pipeline_layers"] or (0,))
+
+
+def node_sizes(
+    nodes: Sequence[NodeFacts], *, device: str, global_world_size: int | None, stages: int = 1
+) -> tuple[int, ...]:
+    """Ranks of each node: what its user set, else its CUDA devices, else its share of what is left, which on a single
+    node without a GPU is one rank for each of the `stages`."""
     requested = [
         node.register.local_world_size or (len(node.fingerprint.probe.devices) if device == "cuda" else None)
         for node in nodes
     ]
     if global_world_size is None:
-        return tuple(size or 1 for size in requested)
+        return tuple(size or stages for size in requested)
     return local_world_sizes(requested, global_world_size)
 
 

@@ -296,8 +296,9 @@ def _spilled(fit: Fit, on_gpus: Problem, demand: Demand) -> str:
     where = " and ".join(
         f"{need.layers.size} of {lacking.layout.model.num_layers} layers are on {need.device.name}" for need in spilled
     )
+    without = "on the GPUs alone" if lacking.worst.device.kind == "cuda" else "in memory alone"
     return (
-        f"{where}, which is slower: on the GPUs alone {lacking.worst.device.name} lacks at least "
+        f"{where}, which is slower: {without} {lacking.worst.device.name} lacks at least "
         f"{amount(lacking.shortfall_bytes)}"
     )
 
