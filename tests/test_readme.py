@@ -37,7 +37,7 @@ PAGES = [README, ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
 # Options of other programs that our pages show.
-FOREIGN_FLAGS = {"--nproc-per-node", "--nnodes", "--node-rank", "--master-addr", "--master-port", "--runs"}
+FOREIGN_FLAGS = {"--nproc-per-node", "--nnodes", "--node-rank", "--master-addr", "--master-port", "--runs", "--warm"}
 READY_S = 120
 RUN_S = 120
 STOP_S = 40
