@@ -255,3 +255,11 @@ def test_a_placement_by_hand_that_cannot_be_is_refused(
 ) -> None:
     with pytest.raises(error, match=named):
         layers(ROOM, **asked)
+
+
+def test_the_objective_of_one_process_is_latency_unless_it_was_asked_for() -> None:
+    inventory_of_one = process_inventory(node(devices=gpus(2)), device="cuda", asked=one_process())
+    demand = demand_of(CONFIG, {**SETTINGS, **SMALL}, dtype="float32", explicit=SMALL)
+    for optimize, expected in ((None, "latency"), ("throughput", "throughput")):
+        asked = one_process(optimize=optimize)
+        assert place_layers(CONFIG, WEIGHTS, inventory_of_one, demand, asked).objective == expected

@@ -288,6 +288,7 @@ def one_process_of(settings: Settings) -> OneProcess | None:
         device_map=settings.device_map,
         max_memory=settings.max_memory,
         disk=settings.offload_folder is not None,
+        optimize=settings.optimize,
         gpu_memory_utilization=settings.gpu_memory_utilization,
     )
 

@@ -15,7 +15,7 @@ from pydantic import ValidationError, field_validator
 from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource
 
 from tpdist.errors import SettingsError
-from tpdist.settings_options import nearest, option, options_of
+from tpdist.settings_options import MAX_COUNT, nearest, option, options_of
 from tpdist.settings_placement import PlacementSettings
 from tpdist.settings_roles import AGENT_VARIABLE, MAX_PORT, HostPort, Role, Torchrun
 from tpdist.settings_values import parse_bytes
@@ -64,7 +64,7 @@ class Settings(PlacementSettings):
         metavar="auto|float32|bfloat16|float16",
     )
     max_model_len: int | None = option(
-        None, "Most tokens of one sequence; default: the model's.", section="model", metavar="N", ge=1
+        None, "Most tokens of one sequence; default: the model's.", section="model", metavar="N", ge=1, le=MAX_COUNT
     )
     revision: str | None = option(
         None, "Branch, tag or commit of a Hugging Face id.", section="model", metavar="REVISION"
@@ -79,9 +79,15 @@ class Settings(PlacementSettings):
         None, "The model's name in the HTTP API; default: MODEL.", section="model", metavar="NAME"
     )
 
-    max_num_seqs: int = option(256, "Most sequences that run at once.", section="engine", metavar="N", ge=1)
-    max_num_batched_tokens: int = option(2048, "Most tokens in one step.", section="engine", metavar="N", ge=1)
-    block_size: int = option(16, "Tokens in one block of the KV cache.", section="engine", metavar="N", ge=1)
+    max_num_seqs: int = option(
+        256, "Most sequences that run at once.", section="engine", metavar="N", ge=1, le=MAX_COUNT
+    )
+    max_num_batched_tokens: int = option(
+        2048, "Most tokens in one step.", section="engine", metavar="N", ge=1, le=MAX_COUNT
+    )
+    block_size: int = option(
+        16, "Tokens in one block of the KV cache.", section="engine", metavar="N", ge=1, le=MAX_COUNT
+    )
     gpu_memory_utilization: float = option(
         0.9, "Part of a GPU's memory that a rank may use.", section="engine", metavar="FRACTION", gt=0, le=1
     )

@@ -11,6 +11,9 @@ from typing import Any, Literal, get_args
 from pydantic import AliasChoices, Field
 from pydantic.fields import FieldInfo
 
+MAX_COUNT = 2**31 - 1
+"""The most of anything that is counted in tokens or sequences."""
+
 Section = Literal["cluster", "placement", "model", "engine", "http", "deadlines", "general"]
 SECTIONS: tuple[str, ...] = get_args(Section)
 

@@ -10,7 +10,7 @@ from typing import Literal
 from pydantic import field_validator
 
 from tpdist.settings_cluster import ClusterSettings
-from tpdist.settings_options import option
+from tpdist.settings_options import MAX_COUNT, option
 from tpdist.settings_values import parse_counts, parse_device_map, parse_sizes
 
 # What makes one process of a node; what means something only then; what means nothing then.
@@ -23,20 +23,31 @@ class PlacementSettings(ClusterSettings):
     """The options that say which part of the model is where."""
 
     max_seq_len: int = option(
-        4096, "Tokens of one sequence that a placement must have room for.", section="placement", metavar="N", ge=1
+        4096,
+        "Tokens of one sequence that a placement must have room for.",
+        section="placement",
+        metavar="N",
+        ge=1,
+        le=MAX_COUNT,
     )
     max_batch_size: int = option(
-        1, "Sequences that a placement must have room for.", section="placement", metavar="N", ge=1
+        1, "Sequences that a placement must have room for.", section="placement", metavar="N", ge=1, le=MAX_COUNT
     )
     max_image_length: int = option(
-        1024, "Pixels of an image's edge, for placements of vision models.", section="placement", metavar="N", ge=1
+        1024,
+        "Pixels of an image's edge, for placements of vision models.",
+        section="placement",
+        metavar="N",
+        ge=1,
+        le=MAX_COUNT,
     )
     max_num_images: int = option(
-        1, "Images of a prompt, for placements of vision models.", section="placement", metavar="N", ge=0
+        1, "Images of a prompt, for placements of vision models.", section="placement", metavar="N", ge=0, le=MAX_COUNT
     )
-    optimize: Literal["throughput", "latency"] = option(
-        "throughput",
-        "What the layers are dealt for: the slowest stage, or one sequence.",
+    optimize: Literal["throughput", "latency"] | None = option(
+        None,
+        "What the layers are dealt for: the slowest stage, or one sequence; default: throughput for ranks, latency in "
+        "one process.",
         section="placement",
         metavar="throughput|latency",
     )

@@ -15,7 +15,7 @@ from tpdist.plan.device_layers import parse_device_layers
 from tpdist.plan.device_map import MappedLayers, mapped_layers
 from tpdist.plan.inventory import make_inventory
 from tpdist.plan.model_config import ModelConfig
-from tpdist.plan.placement import Demand, Device, Inventory, Placement
+from tpdist.plan.placement import Demand, Device, Inventory, Objective, Placement
 from tpdist.plan.planner import plan_mapping, plan_ranks
 from tpdist.plan.shards import Weights
 
@@ -30,6 +30,7 @@ class OneProcess:
     device_map: str | Mapping[str, int | str] | None
     max_memory: Mapping[str, int] | None
     disk: bool
+    optimize: Objective | None = None
     gpu_memory_utilization: float = 0.9
 
 
@@ -78,7 +79,7 @@ def place_ranks(
         pp_size=settings["pipeline_parallel_size"],
         shares=tuple(shares) if isinstance(shares, list | tuple) else shares,
         stage_layers=None if layers is None else tuple(layers),
-        objective=settings["optimize"],
+        objective=settings["optimize"] or "throughput",
         first_extra_bytes=first_extra_bytes,
         first_extra_activation_bytes=first_extra_activation_bytes,
     )
@@ -104,6 +105,7 @@ def place_layers(
         method=mapped.method,
         device_layers=mapped.layers,
         head_first=mapped.head_first,
+        objective=asked.optimize or "latency",
         allow_disk=asked.disk,
         first_extra_bytes=first_extra_bytes,
         first_extra_activation_bytes=first_extra_activation_bytes,
