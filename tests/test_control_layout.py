@@ -123,7 +123,7 @@ def test_stages_get_their_layers_and_shares() -> None:
 
 def test_stages_alone_make_as_many_ranks_on_a_node_without_a_gpu() -> None:
     assert layout(node(), pipeline_parallel_size=3).assigns[0].world_size == 3
-    assert layout(node(), pipeline_layers=[2, 1]).assigns[0].world_size == 2
+    assert layout(node(), pipeline_parallel_size=2, pipeline_layers=[2, 1]).assigns[0].world_size == 2
     assert layout(node(probe={"devices": gpus(4)}), device="cuda", pipeline_parallel_size=2).assigns[0].tp_size == 2
 
 

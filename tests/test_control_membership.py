@@ -20,6 +20,7 @@ from tpdist.control.messages import (
     Heartbeat,
     Listening,
     RankGone,
+    RankUpdate,
     RankHello,
     Shutdown,
     Wait,
@@ -719,3 +720,26 @@ def test_an_engine_that_makes_no_progress_is_named_after_its_peers_had_time_to_k
     assert "rank 0 on head" in cause
     assert "2 requests" in cause
     assert "TPDIST_HANG_TIMEOUT_S=60" in cause
+
+
+def test_a_stalled_engine_is_put_down_to_the_lowest_of_the_ranks_that_are_furthest_behind() -> None:
+    head = Head(rules_of(2, hang_timeout_s=60))
+    head.be_ready()
+    for key, step in ((None, 9), (0, 7), (1, 7)):
+        rank = 0 if key is None else key + 1
+        head.hear(name_of(key), RankUpdate(rank=rank, pid=1, device="cpu", phase="ready", step=step))
+    head.apply(Tick(in_flight=2, stalled_s=70))
+    assert head.state.outcome is not None
+    assert "furthest behind is rank 1 on worker 0" in head.state.outcome[1]
+    assert "at step 7" in head.state.outcome[1]
+
+
+def test_of_reports_that_a_peer_had_gone_the_lowest_ranks_is_shown() -> None:
+    head = Head(rules_of(2))
+    head.be_ready()
+    for key, rank in ((1, 2), (None, 0), (0, 1)):
+        head.hear(name_of(key), RankGone(rank=rank, exit_code=6, cause=f"from {rank}", secondary=True))
+    head.wait(30, alive=[name_of(None), name_of(0), name_of(1)])
+    assert head.state.outcome is not None
+    assert head.state.outcome[0] == 6
+    assert "from 0" in head.state.outcome[1]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from checkpoints import ARCHITECTURES, greedy_tokens, make_checkpoint, reference_model
-from ranks import RanksFailed, run_processes
+from ranks import run_processes
 from staging import Cut, Sizes, run_stage
 
 from tpdist.control.messages import Generate
@@ -140,16 +140,3 @@ def test_aborted_requests_leave_the_others_alone(tmp_path: Path) -> None:
             assert served.answers[number] == greedy_tokens(model, prompt, NUM_TOKENS)
         else:
             assert len(served.answers[number]) == 3
-
-
-def fail_in_the_last_stage(rank: int, meeting: Any, folder: Path) -> None:
-    if rank == 1:
-        raise RuntimeError("planted")
-    run_stage(rank, meeting, folder, TWO, SIZES, drive, GREEDY)
-
-
-@pytest.mark.slow
-def test_a_stage_that_dies_ends_the_others(tmp_path: Path) -> None:
-    folder = make_checkpoint(tmp_path, num_hidden_layers=5)
-    with pytest.raises(RanksFailed, match="planted"):
-        run_processes(fail_in_the_last_stage, 2, folder, deadline_s=60)

@@ -1,6 +1,7 @@
 """How many blocks of the KV cache a rank's devices have room for, now that the weights are in place.
 
-The planner predicts the same by the same rules (plan/memory.py); what is measured here wins where it is less.
+The planner predicts the same by the same rules (plan/memory.py). On GPUs and in one process the lesser of the two
+counts, on CPU ranks what is measured here.
 """
 
 from collections.abc import Iterator

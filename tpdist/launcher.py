@@ -128,8 +128,6 @@ async def _announce(
         await node.agent.wait_ready()
         state = node.agent.state()
         assert state.engine is not None
-        if on_ready is not None:
-            on_ready(state)
         logger.info(
             "ready: %d ranks, %d tokens in the KV cache, up to %d a sequence; try\n  curl %s/v1/models",
             sum(len(each.ranks) for each in state.nodes),
@@ -137,6 +135,8 @@ async def _announce(
             state.engine.max_tokens,
             url,
         )
+        if on_ready is not None:
+            on_ready(state)
 
 
 def read_api_keys(path: Path | None) -> list[str]:

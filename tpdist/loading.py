@@ -2,7 +2,7 @@
 
     memory   read once, each rank its slices (checkpoint/load.py)
     disk     layers are read anew whenever they are needed, into buffers; embedding and output are used where they lie
-             in the mapped file. Nothing is written
+             in the mapped file, or copied to memory if they are of another type. Nothing is written
 
 It knows neither the other ranks nor what the model computes.
 """
@@ -47,7 +47,7 @@ def load(
     for spec in weights.specs:
         if spec.parameter in mapped:
             _use_mapped(model, spec.parameter, mapped_tensor(index.tensors[spec.name], _dtype_of(model)))
-    resident = [each for each in weights.specs if not each.parameter.startswith(streamed or ("\0",))]
+    resident = [each for each in weights.specs if not each.parameter.startswith(streamed)]
     resident = [each for each in resident if each.parameter not in mapped]
     read = load_weights(
         model,

@@ -11,7 +11,8 @@ It imports neither transformers nor fastapi, and knows nothing of processes: wor
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -73,6 +74,7 @@ class Rank:
         self._update = RankUpdate(rank=start.rank, pid=os.getpid(), device=str(self._device), phase="start")
         self._next_report = 0.0
         self._unreported = False
+        self._results: deque[StepResult] = deque()
 
     def run(self) -> None:
         """Until RankStop. Raises what ends this rank otherwise."""
@@ -199,8 +201,11 @@ class Rank:
         send = partial(plans.send, others)
         if len(assign.stages) == 1:
             return Engine(scheduler, LocalExecutor(runner, send=send))
-        receive = partial(_next_result, plans)
-        return Engine(scheduler, PipelineExecutor(runner, num_stages=len(assign.stages), send=send, receive=receive))
+        executor = PipelineExecutor(runner, num_stages=len(assign.stages), send=send, receive=self._next_result)
+        return Engine(scheduler, executor)
+
+    def _next_result(self) -> StepResult | None:
+        return self._results.popleft() if self._results else None
 
     def _open_requests(self) -> Dealer:
         """The socket to the head's agent, tried out: a request that comes before it is connected would be lost."""
@@ -212,8 +217,11 @@ class Rank:
 
     def _run_engine(self, engine: Engine, requests: Dealer, runner: Runner) -> None:
         told = engine.stats()
-        links: list[Dealer | Router] = [self._link, requests, *([self._peers.plans] if self._peers.plans else [])]
+        answering = self._peers.plans if len(self._assign.stages) > 1 else None
+        links: list[Dealer | Router] = [self._link, requests, *([answering] if answering else [])]
         while not self._told_to_stop(links, block=engine.idle):
+            if answering is not None:
+                self._results.extend(_arrived_results(answering))
             while (envelope := requests.receive()) is not None:
                 _take_request(engine, requests, envelope)
             outputs = engine.step()
@@ -229,7 +237,8 @@ class Rank:
         plan_link = self._peers.plan_link
         assert plan_link is not None
         while not self._told_to_stop([self._link, plan_link], block=True):
-            while (envelope := plan_link.receive()) is not None:
+            # One at a time: with several stages the next plan is always there, and the agent wants its word too.
+            if (envelope := plan_link.receive()) is not None:
                 assert isinstance(envelope.body, StepPlan)
                 result = runner.execute(envelope.body)
                 if result is not None:
@@ -265,14 +274,14 @@ class Rank:
             self._report(step=step)
 
 
-def _next_result(plans: Router) -> StepResult | None:
-    """What the last stage has sampled, if a result has come. Every peer holds the cluster's key, but for other messages
-    than results there is no reason."""
+def _arrived_results(plans: Router) -> Iterator[StepResult]:
+    """What the last stage has sampled by now. Every peer holds the cluster's key, but for other messages than results
+    there is no reason."""
     while (envelope := plans.receive()) is not None:
         if isinstance(envelope.body, StepResult):
-            return envelope.body
-        logger.warning("unexpected %s from a rank", type(envelope.body).__name__)
-    return None
+            yield envelope.body
+        else:
+            logger.warning("unexpected %s from a rank", type(envelope.body).__name__)
 
 
 def _take_request(engine: Engine, requests: Dealer, envelope: Envelope) -> None:

@@ -83,7 +83,12 @@ class Settings(PlacementSettings):
         256, "Most sequences that run at once.", section="engine", metavar="N", ge=1, le=MAX_COUNT
     )
     max_num_batched_tokens: int = option(
-        2048, "Most tokens in one step.", section="engine", metavar="N", ge=1, le=MAX_COUNT
+        2048,
+        "Most tokens in one step; with several stages, in all steps that are in flight together.",
+        section="engine",
+        metavar="N",
+        ge=1,
+        le=MAX_COUNT,
     )
     block_size: int = option(
         16, "Tokens in one block of the KV cache.", section="engine", metavar="N", ge=1, le=MAX_COUNT
@@ -211,7 +216,7 @@ class Settings(PlacementSettings):
 
     def shared(self) -> dict[str, Any]:
         """All plan and engine settings, as JSON values: what a head sends to its workers."""
-        values = {name: getattr(self, name) for name in SHARED}
+        values = {name: getattr(self, name) for name in SHARED} | {"pipeline_parallel_size": self.num_stages}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
     def _local_contradictions(self) -> Iterator[str]:

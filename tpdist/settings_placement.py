@@ -139,6 +139,12 @@ class PlacementSettings(ClusterSettings):
                 yield f"{self.one_process} means one rank, for which {_variable(name)} means nothing; unset one"
 
     def _placement_contradictions(self) -> Iterator[str]:
+        by_hand = [name for name in ("device_map", "device_layers") if getattr(self, name) is not None]
+        if by_hand and "placement" in self.model_fields_set:
+            yield (
+                f"{_variable(by_hand[0])}={getattr(self, by_hand[0])} says how layers are placed, and so does "
+                f"TPDIST_PLACEMENT={self.placement}; unset one"
+            )
         if self.device_layers is not None and (self.device_map is not None or self.max_memory is not None):
             yield "--device-layers says where each layer is, and so does --device-map (with --max-memory); unset one"
         if self.pipeline_layers is not None and self.pipeline_parallel_size not in (None, len(self.pipeline_layers)):

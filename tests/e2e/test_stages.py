@@ -248,15 +248,25 @@ def test_a_killed_rank_of_a_stage_ends_every_node_and_is_named(
         assert not stream.done
 
 
-def test_a_stage_that_hangs_ends_every_node_and_is_named_by_the_one_behind_it(
-    processes: Processes, staged: Path
+@pytest.mark.parametrize(
+    ("rank", "word"),
+    [
+        (0, "rank 0 has gone or did not answer in time"),
+        (1, "rank 1 has gone or did not answer in time"),
+        (2, "furthest behind is rank 2 on worker 0"),
+    ],
+)
+def test_a_stage_that_hangs_ends_every_node_and_is_named(
+    processes: Processes, staged: Path, rank: int, word: str
 ) -> None:
+    """By the one behind it; nobody is behind the last, which is known by its steps."""
     head, worker = two_unequal_nodes(processes, staged, **{STAGES: 3, "TPDIST_HANG_TIMEOUT_S": HANG_TIMEOUT_S})
     stream = Stream(head, [1, 2, 3], max_tokens=4000).wait_first()
-    os.kill(worker.cluster()["nodes"][1]["ranks"][0]["pid"], signal.SIGSTOP)
+    ranks = [each for node in worker.cluster()["nodes"] for each in node["ranks"]]
+    os.kill(ranks[rank]["pid"], signal.SIGSTOP)
     assert processes.exit_codes(HANG_BOUND_S) == {"head": LOST, "worker-0": LOST}, processes.logs()
     for node in (head, worker):
-        assert "rank 1 has gone or did not answer in time" in node.log[node.log.index("error: ") :]
+        assert word in node.log[node.log.index("error: ") :]
     assert stream.finish(timeout_s=5).error
 
 

@@ -15,8 +15,9 @@ from tpdist.cli.plan_devices import Found, find_devices
 from tpdist.cli.plan_model import PlannedModel, read_model
 from tpdist.cli.plan_output import print_plan
 from tpdist.cli.plan_picture import draw
-from tpdist.control.placing import OneProcess, demand_of, place_layers, place_ranks
+from tpdist.control.placing import demand_of, place_layers, place_ranks
 from tpdist.errors import JoinError, SettingsError
+from tpdist.node import one_process_of
 from tpdist.plan.costs import vision_bytes
 from tpdist.plan.placement import Placement
 from tpdist.settings import Settings
@@ -93,21 +94,12 @@ def place(model: PlannedModel, found: Found, settings: Settings) -> Placement:
     demand = demand_of(config, asked, dtype=model.dtype, explicit=settings.model_fields_set)
     extra_bytes, extra_activation_bytes = (0, 0) if model.tower is None else vision_bytes(model.tower, demand)
     extra = {"first_extra_bytes": extra_bytes, "first_extra_activation_bytes": extra_activation_bytes}
-    if settings.one_process:
-        placement = place_layers(config, weights, found.inventory, demand, _one_process(settings), **extra)
-    else:
+    one_process = one_process_of(settings)
+    if one_process is None:
         placement = place_ranks(config, weights, found.inventory, demand, asked, **extra)
+    else:
+        placement = place_layers(config, weights, found.inventory, demand, one_process, **extra)
     return replace(placement, notes=(*model.notes, *found.notes, *placement.notes))
-
-
-def _one_process(settings: Settings) -> OneProcess:
-    return OneProcess(
-        placement=settings.placement,
-        device_layers=settings.device_layers,
-        device_map=settings.device_map,
-        max_memory=settings.max_memory,
-        disk=settings.offload_folder is not None,
-    )
 
 
 def _check_folder(file: Path) -> None:

@@ -4,6 +4,8 @@ import asyncio
 import importlib
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import click
@@ -70,12 +72,20 @@ def _show_plan(model: Model, placement: Placement) -> None:
     """What will run, as `tpdist plan` shows it, before anything starts."""
     weights = registry.weights(model.config)
     facts = facts_of(model.config, weights, name=str(model.folder), dtype=model.dtype)
-    print_plan(placement, facts, console=Console(stderr=True, highlight=False))
+    with _printing() as console:
+        print_plan(placement, facts, console=console)
 
 
 def _show_measured(state: ClusterState) -> None:
     """Predicted and measured bytes side by side."""
     ranks = {rank.rank: msgspec.to_builtins(rank) for node in state.nodes for rank in node.ranks}
-    console = Console(stderr=True, highlight=False)
-    console.print(compare(state.plan, ranks))
-    console.print()
+    with _printing() as console:
+        console.print(compare(state.plan, ranks))
+        console.print()
+
+
+@contextmanager
+def _printing() -> Iterator[Console]:
+    """The log's terminal. Once nobody reads it any more, a node serves on without."""
+    with suppress(BrokenPipeError):
+        yield Console(stderr=True, highlight=False)

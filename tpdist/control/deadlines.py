@@ -45,7 +45,7 @@ def lost(state: State, now: float, rules: Rules) -> str:
     if state.suspect is None:
         return ""
     grace_s = _grace_s(rules)
-    since, cause = state.suspect
+    since, _, cause = state.suspect
     if now - since < grace_s:
         return ""
     if silent_s > grace_s - rules.heartbeat_interval_s:
@@ -54,15 +54,19 @@ def lost(state: State, now: float, rules: Rules) -> str:
 
 
 def stalled(state: State, tick: Tick, rules: Rules) -> str:
-    """Requests wait, and the engine has finished no step for too long; or nothing.
+    """Requests wait, and the engine has finished no step for too long; or nothing. Of the ranks that are furthest
+    behind the lowest is named: the others wait for it.
 
     A rank that waits in a collective for one that hangs has the same deadline and knows more: its report comes first.
     """
     if state.phase not in ("ready", "draining") or tick.stalled_s <= rules.hang_timeout_s + 2 * _grace_s(rules):
         return ""
+    step, rank, where = min(
+        (update.step, update.rank, node.where) for node in state.nodes.values() for update in node.ranks.values()
+    )
     return (
-        f"rank 0 on {state.nodes[None].where} works on {tick.in_flight} requests and has finished no step for "
-        f"{tick.stalled_s:.1f} s (TPDIST_HANG_TIMEOUT_S={rules.hang_timeout_s:g})"
+        f"{tick.in_flight} requests wait, and no step has been finished for {tick.stalled_s:.1f} s "
+        f"(TPDIST_HANG_TIMEOUT_S={rules.hang_timeout_s:g}); furthest behind is rank {rank} on {where}, at step {step}"
     )
 
 

@@ -52,7 +52,7 @@ def make_layout(
     the head's own network interface with an address. Raises PlanError or JoinError."""
     device = _device(nodes, settings["device"])
     dtype = checkpoint_dtype if settings["dtype"] == "auto" else settings["dtype"]
-    stages = 1 if one_process else asked_stages(settings)
+    stages = settings["pipeline_parallel_size"] or 1
     sizes = node_sizes(nodes, device=device, global_world_size=global_world_size, stages=stages)
     demand = demand_of(config, settings, dtype=dtype, explicit=explicit)
     if one_process is None:
@@ -98,11 +98,6 @@ def _stages(config: ModelConfig, placement: Placement) -> tuple[StageAssign, ...
         return (StageAssign(start=0, stop=config.num_hidden_layers, shares=(1,)),)
     pairs = zip(placement.stage_layers, placement.shares, strict=True)
     return tuple(StageAssign(start=layers.start, stop=layers.stop, shares=shares) for layers, shares in pairs)
-
-
-def asked_stages(settings: Mapping[str, Any]) -> int:
-    """Pipeline stages that somebody asked for; 1 if nobody did."""
-    return settings["pipeline_parallel_size"] or len(settings["pipeline_layers"] or (0,))
 
 
 def node_sizes(

@@ -148,5 +148,11 @@ def _rank_gone(state: State, node: Node, gone: RankGone, now: float) -> Answer:
     if gone.last_lines:
         cause += "\n" + "\n".join(f"  | {line}" for line in gone.last_lines)
     if gone.secondary:
-        return (state if state.suspect else replace(state, suspect=(now, cause))), ()
+        return _suspected(state, gone.rank, cause, now), ()
     return endings.end(state, endings.failure(gone.exit_code), cause, now)
+
+
+def _suspected(state: State, rank: int, cause: str, now: float) -> State:
+    """Keep the report of the lowest rank: stages wait for those before them, so that it stands nearest to what hangs."""
+    since, lowest, _ = state.suspect or (now, rank + 1, "")
+    return replace(state, suspect=(since, rank, cause)) if rank < lowest else state

@@ -76,8 +76,9 @@ class Node:
 @dataclass(frozen=True)
 class State:
     """`nodes` by place; `members` finds the place of an instance. `num_ranks_at` counts ranks by RANK_PHASES, so that
-    a rank's progress costs the same in a cluster of any size. `suspect` is a rank's report that its peers had gone,
-    which waits a moment for the first cause. `outcome` is how the cluster ends, (exit code, cause); set once."""
+    a rank's progress costs the same in a cluster of any size. `suspect` is the lowest rank's report that its peers had
+    gone, (since, rank, cause), which waits a moment for the first cause. `outcome` is how the cluster ends, (exit code,
+    cause); set once."""
 
     phase: str = "register"
     phase_since: float = 0.0
@@ -87,7 +88,7 @@ class State:
     members: Mapping[str, Key] = field(default_factory=dict)
     num_ranks_at: tuple[int, ...] = (0,) * len(RANK_PHASES)
     layout: Layout | None = None
-    suspect: tuple[float, str] | None = None
+    suspect: tuple[float, int, str] | None = None
     draining_reason: str = ""
     outcome: tuple[int, str] | None = None
     engine: EngineInfo | None = None

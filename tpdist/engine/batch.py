@@ -1,7 +1,7 @@
 """What a rank keeps about its slots, and the tensors of a step made from it.
 
-Every rank holds the same SlotTable: plans bring changes only, and sampled tokens are appended on each rank. It knows
-neither why a slot was given nor how tokens are computed.
+Every rank holds the same SlotTable: plans bring changes only, and sampled tokens are appended on each rank, on earlier
+pipeline stages with a later plan. It knows neither why a slot was given nor how tokens are computed.
 """
 
 from collections.abc import Iterable, Iterator, Sequence

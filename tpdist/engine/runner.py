@@ -126,7 +126,8 @@ class Runner:
         """Take tokens that the last stage has sampled: (slot, token) each."""
         slots, tokens = zip(*sampled, strict=True)
         self._slots.append(slots, tokens)
-        self._graphs.remember(slots, to_device(np.array(tokens), self._device))
+        if self._pipe.is_first:
+            self._graphs.remember(slots, to_device(np.array(tokens), self._device))
 
     def _finish(self, plan: StepPlan, hidden: Tensor, samples: Samples) -> StepResult:
         """Score and sample what the last stage computed. hidden: [num_tokens, hidden_size]."""
@@ -189,7 +190,7 @@ class Runner:
         on rank 0 the scores of those that ask for them, by slot. hidden: [num_tokens, hidden_size]."""
         slots = samples.slots
         if not slots:
-            return torch.empty(0, dtype=torch.int64, device=self._device), {}
+            return torch.empty(0, dtype=torch.int64, device=hidden.device), {}
         logits = self._model.logits(hidden if samples.rows is None else hidden[samples.rows.to(hidden.device)])
         if logits is None:
             return self._group.broadcast(torch.empty(len(slots), dtype=torch.int64, device=self._device)), {}
