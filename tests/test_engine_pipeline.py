@@ -45,6 +45,7 @@ class Served:
     preemptions: int
     prefix_cache_hits: int
     logprobs: list[list[float]]
+    prompt_logprobs: list[list[float]]
 
 
 def drive(engine: Engine, scheduler: Scheduler, sampling: SamplingParams, aborted: tuple[int, ...] = ()) -> Served:
@@ -53,7 +54,7 @@ def drive(engine: Engine, scheduler: Scheduler, sampling: SamplingParams, aborte
         Generate(request_id=str(index), prompt_token_ids=tuple(prompt), sampling=sampling)
         for index, prompt in enumerate(PROMPTS)
     ]
-    served = Served([[] for _ in PROMPTS], 0, 0, 0, [[] for _ in PROMPTS])
+    served = Served([[] for _ in PROMPTS], 0, 0, 0, [[] for _ in PROMPTS], [[] for _ in PROMPTS])
     for request in waiting[:4]:
         engine.add(request)
     del waiting[:4]
@@ -69,6 +70,7 @@ def drive(engine: Engine, scheduler: Scheduler, sampling: SamplingParams, aborte
             number = int(output.request_id)
             served.answers[number] += output.token_ids
             served.logprobs[number] += [entry.logprobs[0] for entry in output.logprobs]
+            served.prompt_logprobs[number] += [entry.logprobs[0] for entry in output.prompt_logprobs]
             if number in aborted and len(served.answers[number]) == 3:
                 engine.abort(output.request_id)
     stats = engine.stats()
@@ -121,12 +123,22 @@ def test_a_busy_pipeline_gives_the_tokens_of_transformers(
 def test_seeded_draws_penalties_and_logprobs_do_not_depend_on_the_stages(tmp_path: Path) -> None:
     folder = make_checkpoint(tmp_path, num_hidden_layers=5)
     sampling = SamplingParams(
-        max_tokens=NUM_TOKENS, temperature=0.9, top_k=40, seed=7, repetition_penalty=1.2, logprobs=2, ignore_eos=True
+        max_tokens=NUM_TOKENS,
+        temperature=0.9,
+        top_k=40,
+        seed=7,
+        repetition_penalty=1.2,
+        logprobs=2,
+        prompt_logprobs=1,
+        ignore_eos=True,
     )
     alone = serve(folder, Cut((5,), ((1,),)), sampling)
     staged = serve(folder, Cut((2, 2, 1), ((1,),) * 3), sampling)
     assert staged.answers == alone.answers
     for ours, theirs in zip(staged.logprobs, alone.logprobs, strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-4)
+    for prompt, ours, theirs in zip(PROMPTS, staged.prompt_logprobs, alone.prompt_logprobs, strict=True):
+        assert len(ours) == len(prompt) - 1
         assert ours == pytest.approx(theirs, abs=1e-4)
 
 

@@ -142,7 +142,10 @@ def draw(events: Sequence[Busy], *, title: str, num_ranks: int) -> str:
     step_ms = median(event.end - event.begin for event in events) * 1e3
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" role="img">',
-        f"<title>{escape(title)}</title><style>{STYLE}</style>",
+        f"<title>{escape(title)}</title>",
+        "<desc>A row for each stage, in which a bar is one step; while one stage runs a step, the one before runs the "
+        "next.</desc>",
+        f"<style>{STYLE}</style>",
         f'<rect width="{WIDTH}" height="{height}" fill="white"/>',
         f'<text class="title" x="{LEFT}" y="30">{escape(title)}</text>',
         f'<text class="soft" x="{LEFT}" y="54">a bar is one step on one stage, with its number; steps of one batch '

@@ -270,6 +270,22 @@ def test_a_stage_that_hangs_ends_every_node_and_is_named(
     assert stream.finish(timeout_s=5).error
 
 
+def test_every_rank_reports_its_steps_while_requests_run(processes: Processes, staged: Path) -> None:
+    """With stages the next plan is always there when a step ends: ranks must find time for a word all the same."""
+    node = processes.serve("single", staged, {STAGES: "2", **CACHE}).wait_ready()
+    streams = [Stream(node, [1, 2, number], max_tokens=4000) for number in range(4)]
+    for stream in streams:
+        stream.wait_first()
+
+    def lowest_step() -> int:
+        return min(rank["step"] for each in node.cluster()["nodes"] for rank in each["ranks"])
+
+    first = lowest_step()
+    node.wait_until(lambda: lowest_step() > first + 50, "shows no later step of every rank", timeout_s=AT_ONCE_S)
+    assert not any(stream.done for stream in streams)
+    processes.stop()
+
+
 def test_sigterm_drains_the_stages_of_all_nodes(processes: Processes, staged: Path) -> None:
     """The worker learns of the stages from the head. Streams of both nodes go on to their ends."""
     head, worker = two_unequal_nodes(processes, staged, **{STAGES: 3})

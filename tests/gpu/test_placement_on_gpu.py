@@ -49,3 +49,22 @@ def test_tokens_are_those_of_transformers(checkpoint: Path, options: dict[str, A
         held = llm.cluster_state().nodes[0].ranks[0].held
     assert [list(each.outputs[0].token_ids) for each in found] == expected
     assert any(each.device.startswith("cuda") for each in held)
+
+
+def test_a_prompt_is_scored_in_chunks_where_the_output_lies_on_another_device(checkpoint: Path) -> None:
+    """Steps that only score have nothing to sample, and scores on the device of the output."""
+    sampling = SamplingParams(max_tokens=2, temperature=0, prompt_logprobs=1, ignore_eos=True)
+    options: dict[str, Any] = {"dtype": "float32", "kv_cache_memory_bytes": "64MiB"}
+    with LLM(checkpoint, device="cpu", **options) as llm:
+        (expected,) = llm.generate([PROMPTS[-1]], sampling)
+    mapped = {"device": "cuda", "device_map": MAPPED | ENDS_ON_CPU, "max_num_batched_tokens": 16}
+    with LLM(checkpoint, **mapped, **options) as llm:
+        (found,) = llm.generate([PROMPTS[-1]], sampling)
+    assert found.prompt_logprobs is not None
+    assert expected.prompt_logprobs is not None
+    for token, ours, theirs in zip(
+        PROMPTS[-1][1:], found.prompt_logprobs[1:], expected.prompt_logprobs[1:], strict=True
+    ):
+        assert ours is not None
+        assert theirs is not None
+        assert ours[token].logprob == pytest.approx(theirs[token].logprob, abs=1e-3)

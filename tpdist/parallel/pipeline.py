@@ -8,6 +8,8 @@ This module knows neither layers nor plans.
 """
 
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Protocol
 
@@ -82,7 +84,7 @@ class ProcessPipe:
         self._on_host = device.type == "cpu" or dist.get_backend() == "gloo"
         self._max_in_flight = max_in_flight
         self._timeout = timedelta(seconds=timeout_s)
-        self._sending: deque[tuple[dist.Work, Tensor]] = deque()
+        self._sending: deque[tuple[dist.Work | None, Tensor]] = deque()
 
     @property
     def is_first(self) -> bool:
@@ -98,7 +100,8 @@ class ProcessPipe:
         if self._group.rank == 0:
             where = torch.device("cpu") if self._on_host else self._device
             x = torch.empty(shape, dtype=self._dtype, device=where)
-            self._finish("receive", self._before, dist.irecv(x, src=self._before, tag=step % MAX_TAG))
+            with self._reported("receive", self._before):
+                self._wait(dist.irecv(x, src=self._before, tag=step % MAX_TAG))
             x = x.to(self._device)
         else:
             x = torch.empty(shape, dtype=self._dtype, device=self._device)
@@ -110,29 +113,24 @@ class ProcessPipe:
             return
         # What a CUDA graph gives is overwritten by the next step, which may come before this one has left.
         staged = (x if x.is_cpu else x.cpu() if self._on_host else x.clone()).contiguous()
-        while len(self._sending) >= self._max_in_flight:
-            work, _ = self._sending.popleft()
-            self._finish("send", self._after, work)
-        self._sending.append((self._isend(staged, step), staged))
+        with self._reported("send", self._after):
+            while len(self._sending) >= self._max_in_flight:
+                self._wait(self._sending.popleft()[0])
+            self._sending.append((dist.isend(staged, dst=self._after, tag=step % MAX_TAG), staged))
 
-    def _isend(self, x: Tensor, step: int) -> dist.Work:
-        assert self._after is not None
+    def _wait(self, work: dist.Work | None) -> None:
+        assert work is not None, "this rank is in the group"
+        work.wait(self._timeout)
+
+    @contextmanager
+    def _reported(self, name: str, peer: int) -> Iterator[None]:
+        """Turn torch.distributed's errors, which are RuntimeErrors, into PeerLostError."""
         try:
-            work = dist.isend(x, dst=self._after, tag=step % MAX_TAG)
+            yield
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
-            raise self._lost("send", self._after, error) from error
-        assert work is not None
-        return work
-
-    def _finish(self, name: str, peer: int, work: dist.Work | None) -> None:
-        assert work is not None
-        try:
-            work.wait(self._timeout)
-        except RuntimeError as error:
-            raise self._lost(name, peer, error) from error
-
-    def _lost(self, name: str, peer: int, error: RuntimeError) -> PeerLostError:
-        return PeerLostError(
-            f"{name} between stages failed on rank {self._rank}: rank {peer} has gone or did not answer in time "
-            f"({first_line(error)})"
-        )
+            raise PeerLostError(
+                f"{name} between stages failed on rank {self._rank}: rank {peer} has gone or did not answer in time "
+                f"({first_line(error)})"
+            ) from error
