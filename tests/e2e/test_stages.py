@@ -272,7 +272,8 @@ def test_a_stage_that_hangs_ends_every_node_and_is_named(
 
 def test_every_rank_reports_its_steps_while_requests_run(processes: Processes, staged: Path) -> None:
     """With stages the next plan is always there when a step ends: ranks must find time for a word all the same."""
-    node = processes.serve("single", staged, {STAGES: "2", **CACHE}).wait_ready()
+    at_once = {"TPDIST_SHUTDOWN_TIMEOUT_S": "0"}
+    node = processes.serve("single", staged, {STAGES: "2", **CACHE, **at_once}).wait_ready()
     streams = [Stream(node, [1, 2, number], max_tokens=4000) for number in range(4)]
     for stream in streams:
         stream.wait_first()

@@ -1,5 +1,8 @@
 """The hook that gives a module its inputs, and what was offloaded of it, on the device that it runs on."""
 
+import copy
+import os
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -7,9 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tpdist.bigmodel.hooks import ModelHook
+from tpdist.bigmodel.hooks import ModelHook, SequentialHook
 from tpdist.bigmodel.move import find_device, send_to_device
 from tpdist.bigmodel.sources import Source, cast
+from tpdist.errors import TpdistError
+
+# How long a thread waits for another that runs the same offloaded module.
+TURN_S = 600.0
 
 
 @dataclass(frozen=True)
@@ -58,21 +65,77 @@ def like(values: Tensor, old: Tensor) -> Tensor:
     return kind(values.detach(), requires_grad=trainable)
 
 
+@dataclass
+class Parked:
+    """A tensor that is offloaded, at all its places: `placeholder` (on meta) stands there meanwhile, and when the hooks
+    go it is on `home` again. `memory` is the tensor itself, and is only kept where its source holds the same memory."""
+
+    placeholder: Tensor
+    home: torch.device
+    memory: Tensor | None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Parked":
+        # A source is shared by copies of a model, but a copy takes memory of its own when its hooks go.
+        return Parked(copy.deepcopy(self.placeholder, memo), self.home, None)
+
+
 @dataclass(frozen=True)
 class Offloaded:
-    """A place whose tensor comes from a source; `placeholder` (on meta) stands there otherwise, and `memory`, if the
-    tensor was in memory before, comes back when the hook goes."""
+    """A place whose tensor comes from a source, where it has the name of `slot`."""
 
     slot: Slot
     source: Source
-    placeholder: Tensor
-    memory: Tensor | None
+    parked: Parked
+
+    @property
+    def placeholder(self) -> Tensor:
+        return self.parked.placeholder
+
+    @torch.inference_mode(False)
+    def restored(self, device: torch.device) -> Tensor:
+        """The tensor that was there before, or else one on `device` with memory of its own."""
+        if self.parked.memory is not None:
+            return self.parked.memory
+        values = cast(self.source.fetch([self.slot.name])[self.slot.name].detach(), self.placeholder.dtype)
+        return like(values.to(device, copy=True), self.placeholder)
+
+
+@dataclass
+class _Call:
+    """One thread's forward of a module, that may call itself: `turn` is the lock that it holds."""
+
+    depth: int = 0
+    input_device: torch.device | None = None
+    turn: Any = None
+
+
+class _Turns:
+    """Whose turn it is among threads. Copies, pickles and forked processes start with nobody's."""
+
+    def __init__(self) -> None:
+        self._lock, self._pid = threading.Lock(), os.getpid()
+
+    def take(self, module: nn.Module) -> Any:
+        """Wait until no other thread has the turn; what is returned must be released."""
+        if os.getpid() != self._pid:
+            self.__init__()  # type: ignore[misc]
+        lock = self._lock
+        if not lock.acquire(timeout=TURN_S):
+            raise TpdistError(
+                f"{type(module).__name__} is offloaded, and another thread has been running it for {TURN_S} s: run the "
+                f"model in one thread at a time, or give each thread a copy (copy.deepcopy shares what is offloaded)"
+            )
+        return lock
+
+    def __reduce__(self) -> tuple[type["_Turns"], tuple[()]]:
+        return _Turns, ()
 
 
 class AlignDevicesHook(ModelHook):
     """Moves inputs to `execution_device`, and what is offloaded too while the module runs.
 
     With `io_same_device`, the output goes back to where the input was. A module that calls itself keeps what it has.
+    Threads that run one module take turns if anything of it is offloaded.
     """
 
     def __init__(
@@ -83,25 +146,23 @@ class AlignDevicesHook(ModelHook):
         skip_keys: str | Sequence[str] | None = None,
     ) -> None:
         self.execution_device = execution_device
-        self.offloaded = tuple(offloaded)
         self.io_same_device = io_same_device
         self.skip_keys = skip_keys
-        self.input_device: torch.device | None = None
-        self._depth = 0
-        by_source: dict[int, list[Offloaded]] = {}
-        for item in self.offloaded:
-            by_source.setdefault(id(item.source), []).append(item)
-        self._by_source = list(by_source.values())
+        self.offloaded = tuple(offloaded)
+        self._calls: dict[int, _Call] = {}
+        self._turns = _Turns()
 
     @property
     def offload(self) -> bool:
         return bool(self.offloaded)
 
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        self._depth += 1
-        if self.io_same_device and self._depth == 1:
-            self.input_device = find_device((args, kwargs))
-        if self._depth == 1 and self.offloaded:
+        call = self._calls.setdefault(threading.get_ident(), _Call())
+        call.depth += 1
+        if self.io_same_device and call.depth == 1:
+            call.input_device = find_device((args, kwargs))
+        if call.depth == 1 and self.offloaded:
+            call.turn = self._turns.take(module)
             self._load()
         if self.execution_device is None:
             return args, kwargs
@@ -111,25 +172,45 @@ class AlignDevicesHook(ModelHook):
         )
 
     def post_forward(self, module: nn.Module, output: Any) -> Any:
-        if self.io_same_device and self.input_device is not None and self._depth == 1:
-            return send_to_device(output, self.input_device, self.skip_keys)
+        call = self._calls[threading.get_ident()]
+        if self.io_same_device and call.input_device is not None and call.depth == 1:
+            return send_to_device(output, call.input_device, self.skip_keys)
         return output
 
     def release(self, module: nn.Module) -> None:
-        self._depth = max(0, self._depth - 1)
-        if self._depth == 0:
-            self.input_device = None
+        call = self._calls.get(threading.get_ident())
+        if call is None:
+            return
+        call.depth -= 1
+        if call.depth:
+            return
+        del self._calls[threading.get_ident()]
+        if call.turn is not None:
             for item in self.offloaded:
                 item.slot.put(item.placeholder)
+            call.turn.release()
 
     def detach_hook(self, module: nn.Module) -> nn.Module:
+        """Bring everything back to where it was, and to the CPU what was never in memory. Nothing changes on errors."""
+        restored: dict[int, Tensor] = {}
         for item in self.offloaded:
-            if item.memory is not None:
-                item.slot.put(item.memory)
+            if id(item.parked) not in restored:
+                restored[id(item.parked)] = item.restored(item.parked.home)
+        for item in self.offloaded:
+            item.parked.memory = restored[id(item.parked)]  # for its other places, so that it stays one
+            item.slot.put(item.parked.memory)
+        self.forget()
         return module
 
+    def forget(self) -> None:
+        """Offload nothing any more, and leave the placeholders where they are."""
+        self.offloaded = ()
+
     def _load(self) -> None:
-        for items in self._by_source:
+        by_source: dict[int, list[Offloaded]] = {}
+        for item in self.offloaded:
+            by_source.setdefault(id(item.source), []).append(item)
+        for items in by_source.values():
             values = items[0].source.fetch([item.slot.name for item in items])
             for item in items:
                 item.slot.put(like(self._moved(values[item.slot.name], item.placeholder), item.placeholder))
@@ -138,3 +219,17 @@ class AlignDevicesHook(ModelHook):
         values = cast(values, placeholder.dtype)
         # Asynchronous only from pinned memory, whose owner keeps it until the copy is done.
         return values if self.execution_device is None else values.to(self.execution_device, non_blocking=True)
+
+
+def offloaded_in(model: nn.Module) -> tuple[list[AlignDevicesHook], dict[tuple[int, str], Offloaded]]:
+    """The hooks in a model that move tensors, and what they offload by its owner's id and leaf."""
+    hooks: list[AlignDevicesHook] = []
+    for module in model.modules():
+        pending = [module.__dict__.get("_hf_hook")]
+        while pending:
+            hook = pending.pop()
+            if isinstance(hook, SequentialHook):
+                pending.extend(hook.hooks)
+            elif isinstance(hook, AlignDevicesHook):
+                hooks.append(hook)
+    return hooks, {(id(item.slot.owner), item.slot.leaf): item for hook in hooks for item in hook.offloaded}

@@ -60,7 +60,8 @@ class _MovedParameters:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
+        # As tensors name it: torch.device("cuda") is the device of no tensor, nor is torch.device("cpu", 0).
+        self._device = torch.empty(0, device=device).device
         self._moved = WeakTensorKeyDictionary()
 
     def of(self, parameter: nn.Parameter) -> nn.Parameter:

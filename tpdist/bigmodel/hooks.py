@@ -100,18 +100,22 @@ def _hooked_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 
 def remove_hook_from_module(module: nn.Module, recurse: bool = False) -> nn.Module:
-    """Undo add_hook_to_module, in all submodules too if `recurse`; what a hook had offloaded from memory comes back."""
-    hook = module.__dict__.pop("_hf_hook", None)
+    """Undo add_hook_to_module, in all submodules too if `recurse`; what a hook had offloaded comes back into memory.
+
+    A hook that cannot bring it back (a file is broken) stays, and so do those of the modules around it.
+    """
+    if recurse:
+        for child in module.children():
+            remove_hook_from_module(child, recurse)
+    hook = module.__dict__.get("_hf_hook")
     if hook is not None:
         hook.detach_hook(module)
+        del module.__dict__["_hf_hook"]
         module.__dict__.pop("forward", None)
         if (own_forward := module.__dict__.pop("_old_forward", None)) is not None:
             module.forward = own_forward
     for method in GUARDED_METHODS:
         module.__dict__.pop(method, None)
-    if recurse:
-        for child in module.children():
-            remove_hook_from_module(child, recurse)
     return module
 
 

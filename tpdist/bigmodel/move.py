@@ -12,8 +12,8 @@ from torch import Tensor, nn
 def send_to_device(data: Any, device: torch.device, skip_keys: str | Sequence[str] | None = None) -> Any:
     """`data` with all its tensors on `device`; the very same object if they are there already.
 
-    Looks into lists, tuples, mappings (among them the outputs of transformers) and dataclasses, and moves any other
-    object with a method `to`, except modules. Values at `skip_keys` of mappings stay where they are.
+    Whatever has a method `to` moves itself by it (a PackedSequence, for example), except modules. Looks into other lists,
+    tuples, mappings (among them the outputs of transformers) and dataclasses. Values at `skip_keys` of mappings stay where they are.
     """
     if isinstance(data, Tensor):
         return data if data.device == device else data.to(device)
@@ -26,14 +26,14 @@ def _send(data: Any, device: torch.device, skipped: tuple[str, ...]) -> Any:
         return data
     if isinstance(data, Tensor):
         return data if data.device == device else data.to(device)
-    if isinstance(data, Mapping) and not hasattr(data, "to"):
+    if callable(getattr(data, "to", None)) and not isinstance(data, type):
+        return data.to(device)
+    if isinstance(data, Mapping):
         moved = {key: value if key in skipped else _send(value, device, skipped) for key, value in data.items()}
         return data if _is_same(moved.values(), data.values()) else _like_mapping(data, moved)
     if isinstance(data, list | tuple):
         items = [_send(item, device, skipped) for item in data]
         return data if _is_same(items, data) else _like_sequence(data, items)
-    if hasattr(data, "to"):
-        return data.to(device)
     if dataclasses.is_dataclass(data) and not isinstance(data, type):
         return _send_fields(data, device, skipped)
     return data

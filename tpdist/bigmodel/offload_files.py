@@ -26,19 +26,24 @@ def remember_entries(model: nn.Module, entries: Mapping[str, TensorEntry]) -> No
 
 
 def disk_entries(
-    model: nn.Module, places: Sequence[Slot], *, folder: Path | None, index: Mapping[str, Any] | None
+    model: nn.Module,
+    places: Sequence[Slot],
+    *,
+    values: Mapping[str, Tensor],
+    folder: Path | None,
+    index: Mapping[str, Any],
 ) -> OffloadIndex:
     """The tensor in a file for each of these places, and the type that it is wanted in (None: the place's).
 
-    What is in memory is written to `folder`; what is on the meta device is looked up in `index`, then in the checkpoint
+    What is in memory (`values`, by name) is written to `folder`; the rest is looked up in `index`, then in the checkpoint
     that it was left in, then in what is in `folder` already. A name that is not there is looked for under the other
     names of its parameter. Raises DeviceMapError for what is nowhere, CheckpointError for files.
     """
     known: dict[str, tuple[TensorEntry, torch.dtype | None]] = {}
     known |= {name: (entry, None) for name, entry in _in_folder(folder).items()}
     known |= {name: (entry, None) for name, entry in model.__dict__.get(REMEMBERED, {}).items()}
-    known |= _of_index(index or {})
-    written = _write(places, folder, skip=set(index or ()))
+    known |= _of_index(index)
+    written = _write(values, folder)
     known |= {name: (entry, None) for name, entry in written.items()}
     aliases = _aliases(model)
     found = {slot.name: _first(known, aliases.get(slot.name, [slot.name])) for slot in places}
@@ -87,16 +92,15 @@ def _of_index(index: Mapping[str, Any]) -> OffloadIndex:
     return found
 
 
-def _write(places: Sequence[Slot], folder: Path | None, *, skip: set[str]) -> dict[str, TensorEntry]:
-    """Write what has values to the folder; a parameter that stands at several places once, under its first name."""
-    values: dict[int, tuple[str, Tensor]] = {}
-    for slot in places:
-        if slot.tensor.device.type != "meta" and slot.name not in skip:
-            values.setdefault(id(slot.tensor), (slot.name, slot.tensor))
-    if values and folder is None:
-        names = [name for name, _ in values.values()]
+def _write(values: Mapping[str, Tensor], folder: Path | None) -> dict[str, TensorEntry]:
+    """Write values to the folder; a parameter that stands at several places once, under its first name."""
+    unique: dict[int, tuple[str, Tensor]] = {}
+    for name, value in values.items():
+        unique.setdefault(id(value), (name, value))
+    found = dict(unique.values())
+    if found and folder is None:
         raise DeviceMapError(
-            f"the device map puts {len(names)} tensors on the disk that are in memory: {', '.join(names[:NUM_SHOWN])}; "
-            f"give a folder to write them to (offload_dir or offload_folder)"
+            f"the device map puts {len(found)} tensors on the disk that are in memory: "
+            f"{', '.join(list(found)[:NUM_SHOWN])}; give a folder to write them to (offload_dir or offload_folder)"
         )
-    return {} if folder is None or not values else write_tensors(folder / OFFLOAD_FILE, dict(values.values()))
+    return {} if folder is None or not found else write_tensors(folder / OFFLOAD_FILE, found)

@@ -4,6 +4,8 @@ Which block follows which is first taken from the order of the model, then from 
 block is followed by the first one, of the next pass. Knows neither modules nor files.
 """
 
+import os
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 
@@ -13,13 +15,14 @@ Tensors = dict[str, Tensor]
 
 
 class Prefetcher:
-    """The current block and up to `ahead` that follow it. One thread at a time may take blocks.
+    """The current block and up to `ahead` that follow it. Threads that take blocks take turns.
 
     `read` runs in the thread too, and must not hold the Prefetcher: so the thread ends when the last one that holds it
     lets go. An error while reading ahead reaches the caller that takes that block, and no other.
 
     Owned by this object: `_current`, the block whose tensors were taken last, and `_ahead`, at most `ahead` blocks that
     are being read or wait to be taken. A block that was not expected is read at once, and what was read in vain goes.
+    A forked process has no thread, and starts its own with nothing read ahead.
     """
 
     def __init__(self, blocks: Sequence[str], read: Callable[[str], Tensors], *, ahead: int) -> None:
@@ -27,11 +30,22 @@ class Prefetcher:
         self._num_ahead = min(ahead, len(blocks) - 1)
         self._next = dict(zip(blocks, [*blocks[1:], *blocks[:1]], strict=True))
         self._current: tuple[str, Tensors] | None = None
+        self._start()
+
+    def _start(self) -> None:
+        self._pid = os.getpid()
+        self._lock = threading.Lock()
         self._ahead: dict[str, Future[Tensors]] = {}
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="tpdist-prefetch") if self._num_ahead > 0 else None
 
     def take(self, block: str) -> Tensors:
         """The tensors of a block by name; the caller must not change the dict. Raises what `read` raised."""
+        if self._pid != os.getpid():
+            self._start()
+        with self._lock:
+            return self._take(block)
+
+    def _take(self, block: str) -> Tensors:
         if self._current is not None and self._current[0] == block:
             return self._current[1]
         if self._current is not None:
@@ -51,7 +65,8 @@ class Prefetcher:
 
     def settle(self) -> None:
         """Wait until nothing is being read ahead. Errors wait for who takes their block."""
-        wait(self._ahead.values())
+        if self._pid == os.getpid():
+            wait(list(self._ahead.values()))
 
     def _read_ahead(self, block: str) -> None:
         wanted: list[str] = []

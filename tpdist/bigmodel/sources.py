@@ -50,12 +50,22 @@ class DiskSource:
     A block has one buffer; besides those of the current block and of the ones ahead, one more is kept for the next.
     """
 
-    def __init__(self, stored: Mapping[str, StoredTensor], *, ahead: int, pinned: bool = False) -> None:
+    def __init__(
+        self,
+        stored: Mapping[str, StoredTensor],
+        *,
+        ahead: int,
+        pinned: bool = False,
+        reader: TensorReader | None = None,
+    ) -> None:
+        self._stored = stored
         self._block_of = {name: tensor.block for name, tensor in stored.items()}
         blocks: dict[str, list[tuple[str, StoredTensor]]] = {}
         for name, tensor in stored.items():
             blocks.setdefault(tensor.block, []).append((name, tensor))
-        reader = TensorReader(spare_buffers=ahead + 2, pinned=pinned)
+        if reader is None:
+            reader = TensorReader(spare_buffers=ahead + 2, pinned=pinned)
+        self._reader = reader
         reader.open({tensor.entry.file for tensor in stored.values()})
         # Not a method: the thread that runs it must not keep this object, nor the Prefetcher, alive.
         self._prefetcher = Prefetcher(list(blocks), lambda block: _read(reader, blocks[block]), ahead=ahead)
@@ -66,6 +76,10 @@ class DiskSource:
         for block in blocks:
             tensors |= self._prefetcher.take(block)
         return tensors
+
+    def of(self, names: Sequence[str], *, ahead: int) -> "DiskSource":
+        """A source of some of these tensors, in the files that are open already, whatever has become of their names."""
+        return DiskSource({name: self._stored[name] for name in names}, ahead=ahead, reader=self._reader)
 
     def settle(self) -> None:
         """Wait until nothing is being read ahead."""

@@ -71,3 +71,22 @@ def check_tied_parameters_on_same_device(
         devices = {name: device_of(name, device_map) for name in group}
         if len({str(device) for device in devices.values()}) > 1:
             log.warning("tied parameters are on different devices, each with a copy of its own: %s", devices)
+
+
+def report_ties(model: nn.Module, device_map: Mapping[str, Placed]) -> None:
+    """Say in the log what a map tears apart: tied parameters, and names of one module, which goes by the first only."""
+    first_names = {id(module): name for name, module in model.named_modules()}
+    groups: list[list[str]] = []
+    for group in find_tied_parameters(model):
+        places: dict[str, list[str]] = {}
+        for name in group:
+            owner, _, leaf = name.rpartition(".")
+            first = first_names[id(model.get_submodule(owner))]
+            places.setdefault(".".join(filter(None, (first, leaf))), []).append(name)
+        groups.append(list(places))
+        for first, names in places.items():
+            others = {name: device_of(name, device_map) for name in names if name != first}
+            device = device_of(first, device_map)
+            if elsewhere := [name for name, other in others.items() if str(other) != str(device)]:
+                log.warning("%s is also %s, of the same module: it is on %s alone", first, ", ".join(elsewhere), device)
+    check_tied_parameters_on_same_device(groups, device_map)

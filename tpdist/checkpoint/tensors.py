@@ -116,7 +116,10 @@ def _of_files(folder: Path, files: Iterable[Path]) -> CheckpointIndex:
 def torch_dtype(entry: TensorEntry) -> torch.dtype:
     """Raises CheckpointError for a type that torch has no word for."""
     if entry.dtype not in TORCH_DTYPES:
-        raise CheckpointError(f"tensor {entry.name} of {entry.file} has dtype {entry.dtype}, which cannot be read")
+        raise CheckpointError(
+            f"tensor {entry.name} of {entry.file} has dtype {entry.dtype}, which cannot be read: convert the checkpoint "
+            f"to one of {', '.join(TORCH_DTYPES)}"
+        )
     return TORCH_DTYPES[entry.dtype]
 
 
@@ -126,8 +129,7 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor
     temporary = file.with_name(f".{file.name}.{os.getpid()}")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        # A clone of a view: the format wants every tensor to have its own memory.
-        save_file({name: _plain(tensor) for name, tensor in tensors.items()}, temporary, metadata={"format": "pt"})
+        save_file(_apart(tensors), temporary, metadata={"format": "pt"})
         temporary.replace(file)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{file} cannot be written: {error}") from error
@@ -135,6 +137,18 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor
         with suppress(OSError):
             temporary.unlink()
     return {entry.name: entry for entry in read_header(file)}
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors on the CPU, each with memory of its own, as the format wants it."""
+    found: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        plain = _plain(tensor)
+        address = plain.untyped_storage().data_ptr()
+        found[name] = plain.clone() if address in seen else plain
+        seen.add(address)
+    return found
 
 
 def _plain(tensor: Tensor) -> Tensor:

@@ -31,6 +31,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,6 +43,7 @@ from tpdist.plan.shards import Axis, Blocks, Partition, Rows, Weights, WeightSpe
 from tpdist.plan.stages import EMBEDDING, OUTPUT
 
 Bytes = NDArray[np.int64]
+Number = TypeVar("Number", np.int64, np.float64)
 
 MIB = 1024**2
 
@@ -179,8 +181,9 @@ def kv_bytes_per_layer(config: ModelConfig, partition: Partition, rank: int, *, 
 
 
 def context_tokens(demand: Demand) -> int:
-    """Tokens of the longest sequence that a placement must have room for."""
-    if "max_model_len" in demand.fixed:
+    """Tokens of the longest sequence that a placement must have room for: max_seq_len, or if only a length of the model
+    was set, that one."""
+    if "max_model_len" in demand.fixed and "max_seq_len" not in demand.fixed:
         return demand.max_model_len
     return min(demand.max_seq_len, demand.max_model_len)
 
@@ -287,7 +290,8 @@ def _rotary_dim(config: ModelConfig, rope: RopeConfig) -> int:
     return int(config.head_dim * rope.partial_rotary_factor)
 
 
-def sums_of_runs(values: Bytes) -> Bytes:
+def sums_of_runs(values: NDArray[Number]) -> NDArray[Number]:
     """[n + 1, n + 1]: the sum of values[start:stop] where start <= stop, and 0 elsewhere."""
-    sums = np.concatenate(([0], np.cumsum(values, dtype=np.int64)))
+    sums = np.zeros(len(values) + 1, dtype=values.dtype)
+    np.cumsum(values, out=sums[1:])
     return np.triu(sums[None, :] - sums[:, None])

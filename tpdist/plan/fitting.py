@@ -3,13 +3,14 @@
 The demand is taken as it is; what shrinks of it where nothing fits is said in shrinking.py.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tpdist.plan.cache_budgets import cache_of, only_cpus
+from tpdist.plan.cuts import NEVER, MachineRule, Rank, Tried, best_by_blocks, best_by_machine, overflow_of_runs
 from tpdist.plan.placement import Demand, Objective
 from tpdist.plan.places import Layout, Need
 from tpdist.plan.search import (
@@ -21,6 +22,9 @@ from tpdist.plan.search import (
     split_in_order,
 )
 from tpdist.plan.shards import Interval
+
+Search = Callable[[Costs, NDArray[np.bool_]], Tried | None]
+"""From what runs overflow by, and which may be taken, to the best cut of those; None if there is none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,37 +82,70 @@ class Problem:
     num_last: int = 0
 
     def fit(self, demand: Demand) -> Fit | None:
-        """The best cut that fits; None if there is none."""
-        found = self._best(demand)
-        if found is None:
-            return None
-        fit = self.settle(found, demand)
-        if fit.shortfall_bytes and demand.kv_cache_memory_bytes is not None:
-            # The cache is larger than what is demanded of it, and how large depends on the cut.
-            found = self._best(demand, tokens=fit.num_blocks * demand.block_size)
-            fit = fit if found is None else self.settle(found, demand)
-        return fit if fit.shortfall_bytes == 0 else None
+        """The best cut that fits; None if there is none, or where ranks are on CPUs if cuts.py misses it."""
+        seconds, transfers = self.layout.seconds(demand), self.layout.transfers(demand)
+
+        def search(overflow: Costs, allowed: NDArray[np.bool_]) -> Tried | None:
+            where = allowed & (overflow <= 0)
+            if not self._any_fits(where):
+                return None
+            found = self._search(np.where(where, seconds, np.inf), transfers, objective=self.objective)
+            if found is None:
+                return None
+            rank = self._rank(found)
+            return Tried(found, rank, NEVER if self._lacks(found, demand) > 0 else rank)
+
+        return self._least(demand, search, only_fitting=True)
 
     def closest(self, demand: Demand) -> Fit:
         """The best cut of those that fit, or else the one of which the fullest device lacks least."""
-        found = self._best(demand)
-        if found is None:
-            overflow = np.maximum(self.layout.overflow(demand), 0).astype(np.float64)
-            found = self._search(overflow, np.zeros((len(overflow),) * 2), objective="throughput")
-            assert found is not None, "every layout has a cut if memory does not matter"
-        return self.settle(found, demand)
+        if (fit := self.fit(demand)) is not None:
+            return fit
+        no_transfers = np.zeros((len(self.layout.places),) * 2)
+
+        def search(overflow: Costs, allowed: NDArray[np.bool_]) -> Tried | None:
+            lacking = np.where(allowed, np.maximum(overflow, 0), np.inf)
+            found = self._search(lacking, no_transfers, objective="throughput")
+            if found is None:
+                return None
+            return Tried(found, (found.slowest,), (float(self._lacks(found, demand)),))
+
+        closest = self._least(demand, search, only_fitting=False)
+        assert closest is not None, "every layout has a cut if memory does not matter"
+        return closest
+
+    def _least(self, demand: Demand, search: Search, *, only_fitting: bool) -> Fit | None:
+        """The cut of least rank that `search` finds, with the rule that its cache follows."""
+        tried = self._tried(demand, search, only_fitting=only_fitting)
+        return None if tried is None or tried.rank == NEVER else self.settle(tried.found, demand)
+
+    def _tried(self, demand: Demand, search: Search, *, only_fitting: bool) -> Tried | None:
+        if self.fixed is not None:
+            shape = (len(self.layout.places), *(self.layout.model.num_layers + 1,) * 2)
+            return search(np.zeros(shape), np.ones(shape, dtype=bool))
+        if self.layout.mode == "ranks" and demand.kv_cache_memory_bytes is not None:
+            return best_by_blocks(self.layout, demand, search)
+        overflow = overflow_of_runs(self.layout, demand)
+        allowed = overflow <= 0 if only_fitting else np.ones(overflow.shape, dtype=bool)
+        if self.layout.mode == "devices" or not only_cpus(self.layout):
+            return search(overflow, allowed)
+        rule = MachineRule.of(self.layout, demand)
+        return best_by_machine(allowed, lambda allowed: search(np.maximum(overflow, rule.overflow(allowed)), allowed))
+
+    def _rank(self, found: Found) -> Rank:
+        """By the rule for ties of search.py."""
+        times = (found.total, found.slowest) if self.objective == "latency" else (found.slowest, found.total)
+        return (*times, *(-count for count in found.counts))
+
+    def _lacks(self, found: Found, demand: Demand) -> int:
+        """What the fullest device lacks."""
+        return max(cache_of(self.layout, self._needs(found, demand), demand).shortfalls)
 
     def settle(self, found: Found, demand: Demand) -> Fit:
         """A cut with its bytes, and its times whatever it was found for."""
-        stops = np.cumsum(found.counts)
-        runs = [Interval(int(stop) - count, int(stop)) for stop, count in zip(stops, found.counts, strict=True)]
-        needs = tuple(
-            self.layout.need(place, rank, layers, stage=stage, demand=demand)
-            for stage, (place, layers) in enumerate(zip(found.places, runs, strict=True))
-            for rank in range(len(self.layout.places[place].devices))
-        )
+        needs = self._needs(found, demand)
         cache = cache_of(self.layout, needs, demand)
-        timed = _timed(found, runs, self.layout.seconds(demand), self.layout.transfers(demand))
+        timed = _timed(found, _runs(found), self.layout.seconds(demand), self.layout.transfers(demand))
         return Fit(
             layout=self.layout,
             demand=demand,
@@ -119,23 +156,21 @@ class Problem:
             shortfalls=cache.shortfalls,
         )
 
-    def may_fit(self, demand: Demand, *, tokens: int = 0) -> bool:
+    def _needs(self, found: Found, demand: Demand) -> tuple[Need, ...]:
+        return tuple(
+            self.layout.need(place, rank, layers, stage=stage, demand=demand)
+            for stage, (place, layers) in enumerate(zip(found.places, _runs(found), strict=True))
+            for rank in range(len(self.layout.places[place].devices))
+        )
+
+    def may_fit(self, demand: Demand) -> bool:
         """Whether a cut fits, as far as the room decides: without a search for the best."""
-        return self._any_fits(self.layout.overflow(demand, tokens=tokens) <= 0)
+        return self._any_fits(self.layout.overflow(demand) <= 0)
 
     def room_decides(self, demand: Demand) -> bool:
         """Whether what may_fit says is all: no rule limits the cache but those of its tables."""
         tables_tell = self.layout.mode == "devices" or not only_cpus(self.layout)
         return demand.kv_cache_memory_bytes is None and self.fixed is None and tables_tell
-
-    def _best(self, demand: Demand, *, tokens: int = 0) -> Found | None:
-        fits = self.layout.overflow(demand, tokens=tokens) <= 0
-        if not self._any_fits(fits):
-            return None
-        seconds = self.layout.seconds(demand)
-        if self.fixed is None:
-            seconds = np.where(fits, seconds, np.inf)
-        return self._search(seconds, self.layout.transfers(demand), objective=self.objective)
 
     def _any_fits(self, fits: NDArray[np.bool_]) -> bool:
         if self.fixed is not None:
@@ -172,6 +207,11 @@ def first_that_fits(problems: Sequence[Problem], demand: Demand) -> Fit | None:
         if fit is not None:
             return fit
     return None
+
+
+def _runs(found: Found) -> list[Interval]:
+    stops = [sum(found.counts[: place + 1]) for place in range(len(found.counts))]
+    return [Interval(stop - count, stop) for stop, count in zip(stops, found.counts, strict=True)]
 
 
 def _timed(found: Found, runs: Sequence[Interval], seconds: Costs, transfers: Costs) -> Found:

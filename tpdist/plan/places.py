@@ -5,7 +5,7 @@ tells for each place whether it fits and how long a decode step of it takes; sea
 """
 
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
@@ -84,10 +84,11 @@ class Layout:
         """What layers on the disk take in memory while they are used."""
         return costs.STREAM_BUFFERS * int(self.model.items(Partition((1,)), 0, demand.dtype).layers.max())
 
-    def overflow(self, demand: Demand, *, tokens: int = 0) -> Bytes:
+    def overflow(self, demand: Demand, *, tokens: int = 0) -> Costs:
         """[num_places, num_layers + 1, num_layers + 1]: by how much a run of layers exceeds the fullest device of a
-        place; not above 0 where it fits. The cache is what the demand needs, and of `tokens` at least."""
-        made: dict[Hashable, Bytes] = {}
+        place; not above 0 where it fits. The cache is what the demand needs, and of `tokens` at least. In float64,
+        which is exact up to 8 PiB, so that a demand may be of any size."""
+        made: dict[Hashable, Costs] = {}
         for place in self.places:
             key = self._room_key(place)
             if key not in made:
@@ -115,6 +116,16 @@ class Layout:
             + (self.stream_bytes(demand) if device.kind == "disk" else 0),
             token_bytes=layers.size * self._layer_token_bytes(place, tp_rank, demand),
         )
+
+    def held_bytes(self, place: Place, rank: int, demand: Demand) -> Costs:
+        """[num_layers + 1, num_layers + 1]: what a rank holds beside activations and cache, by run of layers."""
+        overhead = costs.overhead_bytes(place.devices[rank].kind)
+        made: Costs = self._weights(place, rank, demand) + self._by_ends(self._communication, place, rank, demand)
+        return made + overhead
+
+    def layer_token_bytes(self, place: Place, demand: Demand) -> list[int]:
+        """By rank of a place, what a token takes in the cache of a layer."""
+        return [self._layer_token_bytes(place, rank, demand) for rank in range(len(place.devices))]
 
     def seconds(self, demand: Demand) -> Costs:
         """[num_places, num_layers + 1, num_layers + 1]: of a decode step of a run of layers, without what follows."""
@@ -158,18 +169,18 @@ class Layout:
         """Equal for places that take the same time."""
         return place.partition.shares, *((device.bandwidth, device.node) for device in place.devices)
 
-    def _overflow(self, place: Place, demand: Demand, tokens: int) -> Bytes:
+    def _overflow(self, place: Place, demand: Demand, tokens: int) -> Costs:
         tokens = max(tokens, costs.demanded_tokens(demand))
         if self.mode == "devices" and place.devices[0].kind != "cuda" and self.host is not None:
             return self._host_overflow(place, self.host, demand, tokens)
         sizes = np.arange(self.model.num_layers + 1)
         num_layers = np.maximum(sizes[None, :] - sizes[:, None], 0)
-        worst = np.full(num_layers.shape, np.iinfo(np.int64).min)
+        worst = np.full(num_layers.shape, -np.inf)
         for rank, device in enumerate(place.devices):
-            kv = num_layers * (tokens * self._layer_token_bytes(place, rank, demand))
+            kv = num_layers * float(tokens * self._layer_token_bytes(place, rank, demand))
             table = self._weights(place, rank, demand) + kv
             room = usable_bytes(device, demand) - costs.overhead_bytes(device.kind)
-            table += self._beside(place, rank, demand) - room
+            table += self._beside(place, rank, demand) - float(room)
             np.maximum(worst, table, out=worst)
             limit = self.cache_limit(device, demand)
             if limit is not None:
@@ -179,13 +190,13 @@ class Layout:
     def _weights(self, place: Place, rank: int, demand: Demand) -> Bytes:
         return self.model.weight_table(place.partition, rank, demand.dtype, head_first=self.head_first)
 
-    def _host_overflow(self, place: Place, host: Device, demand: Demand, tokens: int) -> Bytes:
+    def _host_overflow(self, place: Place, host: Device, demand: Demand, tokens: int) -> Costs:
         """As `_overflow`, of the CPU or the disk, whose layers are computed in the memory of one machine. They are the
         last ones, so that all layers behind a start have their caches there, and what the CPU leaves is the disk's."""
         on_disk = place.devices[0].kind == "disk"
         num_layers = self.model.num_layers
         behind = num_layers - np.arange(num_layers + 1, dtype=np.int64)[:, None]
-        kv = behind * (tokens * self._layer_token_bytes(place, 0, demand))
+        kv = behind * float(tokens * self._layer_token_bytes(place, 0, demand))
         weights = self._weights(place, 0, demand)
         held = costs.overhead_bytes("cpu") + (0 if on_disk else weights)
         table = held + kv + self._beside(place, 0, demand) - usable_bytes(host, demand)
@@ -194,7 +205,7 @@ class Layout:
         if not on_disk:
             last = self._activations(place, 0, demand, is_first=False, is_last=not self.head_first)
             own = self._activations(place, 0, demand, is_first=False, is_last=False)
-            streamed += max(0, last - own) + costs.hidden_bytes(self.model.config, demand)
+            streamed += float(max(0, last - own) + costs.hidden_bytes(self.model.config, demand))
         if on_disk:
             np.maximum(table, weights - usable_bytes(place.devices[0], demand), out=table)
         if demand.kv_cache_memory_bytes is None:
@@ -202,15 +213,19 @@ class Layout:
             np.maximum(table, kv - np.minimum(DEFAULT_CPU_CACHE_BYTES, available // 4), out=table)
         return table
 
-    def _beside(self, place: Place, rank: int, demand: Demand) -> Bytes:
-        """Activations and communication by interval: they differ only where an interval has an end of the model."""
+    def _beside(self, place: Place, rank: int, demand: Demand) -> Costs:
+        """Activations and communication by interval."""
+        made: Costs = self._by_ends(self._activations, place, rank, demand)
+        return made + self._by_ends(self._communication, place, rank, demand)
+
+    def _by_ends(self, num_bytes: Callable[..., int], place: Place, rank: int, demand: Demand) -> Costs:
+        """By interval, what differs only where an interval has an end of the model."""
         size = self.model.num_layers + 1
-        table = np.empty((size, size), dtype=np.int64)
+        table = np.empty((size, size))
         for is_first, rows in ((False, slice(1, None)), (True, slice(0, 1))):
             for is_last, columns in ((False, slice(0, -1)), (True, slice(-1, None))):
-                ends = {"is_first": is_first, "is_last": is_first if self.head_first else is_last}
-                table[rows, columns] = self._activations(place, rank, demand, **ends)
-                table[rows, columns] += self._communication(place, rank, demand, **ends)
+                holds_head = is_first if self.head_first else is_last
+                table[rows, columns] = num_bytes(place, rank, demand, is_first=is_first, is_last=holds_head)
         return table
 
     def cache_limit(self, device: Device, demand: Demand) -> int | None:
@@ -264,8 +279,8 @@ class Layout:
     def _read_s(self, place: Place, rank: int, demand: Demand) -> Costs:
         """Seconds that a device reads for: layers, the last norm and the output layer, which may be the embedding."""
         items = self.model.items(place.partition, rank, demand.dtype)
-        cached = np.array(speed.tokens_read(self.model.config, demand)) * self._layer_token_bytes(place, rank, demand)
-        table = costs.sums_of_runs(items.layers + cached)
+        read = np.array(speed.tokens_read(self.model.config, demand), dtype=np.float64)
+        table = costs.sums_of_runs(items.layers + read * self._layer_token_bytes(place, rank, demand))
         last = table[0, :] if self.head_first else table[:, -1]
         last += items.final_norm + items.head
         made: Costs = table / place.devices[rank].bandwidth

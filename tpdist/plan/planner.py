@@ -194,7 +194,11 @@ def _helps(task: _Task, problems: Sequence[Problem], closest: Fit, demand: Deman
 
     if problems[0].fixed is not None and (fit := shrunk(_searched(problems), demand)):
         yield f"{', '.join(map(str, fit.found.counts))} layers on the stages would fit"
-    if len(set(task.devices)) > 1 and task.shares != "auto" and closest.layout.places[0].partition.size > 1:
+    if (
+        len({(device.total_bytes, device.free_bytes) for device in task.devices}) > 1
+        and task.shares != "auto"
+        and closest.layout.places[0].partition.size > 1
+    ):
         size, stages = closest.layout.places[0].partition.size, len(closest.layout.places)
         by_memory = replace(task, shares="auto").problems(size, stages, demand)
         if shrunk(by_memory, demand):

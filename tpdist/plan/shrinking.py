@@ -1,7 +1,8 @@
 """What shrinks of a demand until the model fits.
 
 What the user left unset does, in this order: the context, to the largest multiple of a block that fits, down to one
-block; then max_num_batched_tokens and then max_num_seqs, by halves, each time with the longest context that fits.
+block; then max_num_batched_tokens and then max_num_seqs, by halves, each time with the longest context that fits. There
+are never fewer sequences than max_batch_size, which does not shrink.
 """
 
 from collections.abc import Iterator, Sequence
@@ -60,8 +61,8 @@ def _batches(demand: Demand) -> Iterator[Demand]:
             demand = replace(demand, max_num_batched_tokens=tokens)
             yield demand
     if "max_num_seqs" not in demand.fixed:
-        while demand.max_num_seqs > 1:
-            demand = replace(demand, max_num_seqs=demand.max_num_seqs // 2)
+        while demand.max_num_seqs > demand.max_batch_size:
+            demand = replace(demand, max_num_seqs=max(demand.max_batch_size, demand.max_num_seqs // 2))
             yield demand
 
 
