@@ -263,3 +263,13 @@ def test_the_objective_of_one_process_is_latency_unless_it_was_asked_for() -> No
     for optimize, expected in ((None, "latency"), ("throughput", "throughput")):
         asked = one_process(optimize=optimize)
         assert place_layers(CONFIG, WEIGHTS, inventory_of_one, demand, asked).objective == expected
+
+
+def test_layers_by_hand_are_deprecated_and_the_plan_says_so() -> None:
+    inventory_of_one = process_inventory(node(devices=gpus(2)), device="cuda", asked=one_process())
+    demand = demand_of(CONFIG, {**SETTINGS, **SMALL}, dtype="float32", explicit=SMALL)
+    by_hand = place_layers(CONFIG, WEIGHTS, inventory_of_one, demand, one_process(device_layers="0:1;1:1"))
+    assert "deprecated" in by_hand.notes[0]
+    assert not any(
+        "deprecated" in note for note in place_layers(CONFIG, WEIGHTS, inventory_of_one, demand, one_process()).notes
+    )

@@ -153,6 +153,6 @@ def _rank_gone(state: State, node: Node, gone: RankGone, now: float) -> Answer:
 
 
 def _suspected(state: State, rank: int, cause: str, now: float) -> State:
-    """Keep the report of the lowest rank: stages wait for those before them, so that it stands nearest to what hangs."""
+    """Keep the report of the lowest rank: stages wait for those before them, so it stands nearest to what hangs."""
     since, lowest, _ = state.suspect or (now, rank + 1, "")
     return replace(state, suspect=(since, rank, cause)) if rank < lowest else state

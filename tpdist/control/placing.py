@@ -5,7 +5,7 @@
 
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 from tpdist.control.devices import probed_devices, process_devices, rank_devices
@@ -18,6 +18,8 @@ from tpdist.plan.model_config import ModelConfig
 from tpdist.plan.placement import Demand, Device, Inventory, Objective, Placement
 from tpdist.plan.planner import plan_mapping, plan_ranks
 from tpdist.plan.shards import Weights
+
+DEPRECATED = "--device-layers (-n) is deprecated: without it the layers are placed by what fits"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +99,7 @@ def place_layers(
 ) -> Placement:
     """The layers over the devices of one process. Raises SettingsError or PlanError."""
     mapped = _mapped(asked, inventory, num_layers=config.num_hidden_layers)
-    return plan_mapping(
+    placement = plan_mapping(
         config,
         weights,
         inventory,
@@ -110,6 +112,9 @@ def place_layers(
         first_extra_bytes=first_extra_bytes,
         first_extra_activation_bytes=first_extra_activation_bytes,
     )
+    if asked.device_layers is not None:
+        placement = replace(placement, notes=(DEPRECATED, *placement.notes))
+    return placement
 
 
 def _mapped(asked: OneProcess, inventory: Inventory, *, num_layers: int) -> MappedLayers:
