@@ -34,8 +34,10 @@ def test_a_tensor_is_set_with_a_value_of_the_right_type() -> None:
 def test_what_cannot_be_set_is_an_error() -> None:
     with init_empty_weights():
         model = nn.Sequential(nn.Linear(2, 3))
-    with pytest.raises(DeviceMapError, match=r"has no parameter or buffer 0\.scale"):
+    with pytest.raises(DeviceMapError, match=r"has no parameter or buffer 0\.scale: give one of its names, .* 0\."):
         set_module_tensor_to_device(model, "0.scale", "cpu")
+    with pytest.raises(DeviceMapError, match=r"has no parameter or buffer 7\.x: give one of its names"):
+        set_module_tensor_to_device(model, "7.x", "cpu")
     with pytest.raises(DeviceMapError, match=r"0\.weight is on the meta device and has no values to put on cpu"):
         set_module_tensor_to_device(model, "0.weight", "cpu")
     with pytest.raises(DeviceMapError, match=r"value for 0\.bias has shape \[2\], it has \[3\]"):

@@ -1,6 +1,7 @@
 """The exact planner on random models: it spills no model that fits, keeps what belongs together, covers all."""
 
 import random
+from itertools import permutations
 from typing import Any
 
 import pytest
@@ -16,7 +17,6 @@ from tpdist.bigmodel import (
     find_tied_parameters,
     infer_auto_device_map,
 )
-from tpdist.bigmodel.auto import spilled_bytes
 from tpdist.bigmodel.device_map import device_of
 
 ALL_GPUS = {0: 1, 1: 1, 2: 1, 3: 1, 4: 1, "cpu": 1}
@@ -34,6 +34,11 @@ def bytes_on(model: nn.Module, device_map: dict[int | str, int | str]) -> dict[i
         device = device_of(name, device_map)
         used[device] = used.get(device, 0) + tensor.nbytes
     return used
+
+
+def spilled_bytes(model: nn.Module, device_map: dict[int | str, int | str]) -> tuple[int, int]:
+    used = bytes_on(model, device_map)
+    return used.get("disk", 0), used.get("cpu", 0)
 
 
 def units_in_order(model: nn.Module, no_split: str) -> list[int]:
@@ -83,7 +88,7 @@ def test_a_model_that_fits_is_never_spilled(seed: int) -> None:
         check_device_map(model, device_map)
         used = bytes_on(model, device_map)
         assert all(used.get(device, 0) <= size for device, size in memory.items())
-        if room and fits(units_in_order(model, "Layer"), room):
+        if room and any(fits(units_in_order(model, "Layer"), list(order)) for order in permutations(room)):
             fitting += 1
             assert not {"cpu", "disk"} & set(device_map.values()), (memory, device_map)
         if not room and total <= memory.get("cpu", 0):
@@ -129,6 +134,21 @@ def test_a_model_is_split_only_where_it_must_be() -> None:
     assert auto_device_map(model, {0: 3 * block - 1, 1: 3 * block - 1}) == {"0": 0, "1": 0, "2": 1, "3": 1}
     spilled = auto_device_map(model, {0: 2 * block, "cpu": 9 * block})
     assert spilled == {"0": 0, "1.0": 0, "1.1": 0, "1.2": "cpu", "2": "cpu", "3": "cpu"}
+
+
+def test_a_model_that_fits_in_another_order_of_the_gpus_is_not_spilled() -> None:
+    model = nn.Sequential(nn.Linear(4, 8, bias=False), nn.Linear(4, 4, bias=False))
+    device_map = auto_device_map(model, {0: 64, 1: 128, "cpu": 1000})
+    assert list(device_map.items()) == [("0", 1), ("1", 0)]
+    assert auto_device_map(model, {0: 128, 1: 192}) == {"": 1}
+    assert auto_device_map(model, {0: 60, 1: 64, "cpu": 1000}) == {"": "cpu"}
+
+
+def test_the_map_is_in_the_order_of_the_model() -> None:
+    """Its first GPU is the one that runs what is offloaded, and has room for it."""
+    model = nn.Sequential(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), *(nn.Linear(4, 4) for _ in range(3)))
+    device_map = auto_device_map(model, {0: 240, 1: 80, "cpu": 1000})
+    assert list(device_map.items()) == [("0", 0), ("1", 1), ("2", "cpu"), ("3", "cpu")]
 
 
 def test_tied_parameters_count_once() -> None:

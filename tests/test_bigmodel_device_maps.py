@@ -108,9 +108,15 @@ def test_memory_is_what_is_free_unless_it_is_given() -> None:
         ({"cuda:0": 1}, "names 'cuda:0', which is no device"),
         ({4: "auto"}, "max_memory of 4 is 'auto'"),
         ({"disk": "auto"}, "max_memory of 'disk' is 'auto'"),
+        ({True: 1}, "names True, which is no device"),
+        ({-1: 1}, "names -1, which is no device"),
+        ({0: None}, "max_memory of 0 is None: give bytes as a whole number of 0 or more"),
+        ({0: -5}, "max_memory of 0 is -5: give bytes"),
+        ({"cpu": True}, "max_memory of 'cpu' is True: give bytes"),
+        ({"cpu": 1.5}, "max_memory of 'cpu' is 1.5: give bytes"),
     ],
 )
-def test_memory_of_unknown_devices_is_an_error(memory: dict[int | str, int | str], message: str) -> None:
+def test_memory_of_unknown_devices_and_no_sizes_are_errors(memory: dict[int | str, Any], message: str) -> None:
     with pytest.raises(DeviceMapError, match=message):
         get_max_memory(memory)
 

@@ -5,7 +5,11 @@ GPUs are imagined: FakeTensorMode follows devices through every operation, and r
 
 import copy
 import gc
+import os
+import time
+import weakref
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +21,18 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from tpdist.bigmodel import (
     DeviceMapError,
     DispatchedModelError,
+    align,
+    align_module_device,
     cpu_offload,
     devices,
     disk_offload,
     dispatch_model,
     find_tied_parameters,
+    load_checkpoint_and_dispatch,
     remove_hook_from_submodules,
 )
-from tpdist.errors import CheckpointError
+from tpdist.bigmodel.layout import Layout
+from tpdist.errors import CheckpointError, SettingsError, TpdistError
 
 
 class Block(nn.Module):
@@ -252,12 +260,249 @@ def test_an_offload_index_names_files(tmp_path: Path) -> None:
 
 
 def test_models_are_freed_at_once_with_their_files(tmp_path: Path) -> None:
-    model = disk_offload(Model(), tmp_path)
-    model(IDS)
-    copied = copy.deepcopy(cpu_offload(Model(), execution_device="cpu"))
-    assert copied(IDS).shape == (1, 3, 10)
-    del model, copied
     gc.collect()
+    num_files = len(os.listdir("/proc/self/fd"))
+    on_disk = disk_offload(Model(), tmp_path)
+    on_disk(IDS)
+    in_memory = cpu_offload(Model(), execution_device="cpu")
+    copied = copy.deepcopy(in_memory)
+    assert torch.equal(copied(IDS), in_memory(IDS))
+    assert len(os.listdir("/proc/self/fd")) == num_files + 1
+    alive = [weakref.ref(model) for model in (on_disk, in_memory, copied)]
+    alive += [weakref.ref(hook_tensor(model)) for model in (in_memory, copied)]
+    del on_disk, in_memory, copied
+    gc.collect()
+    assert [ref() for ref in alive] == [None] * 5
+    deadline = time.monotonic() + 5
+    while len(os.listdir("/proc/self/fd")) > num_files and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert len(os.listdir("/proc/self/fd")) == num_files
+
+
+def hook_tensor(model: Model) -> Tensor:
+    """What stands in a forward for the first parameter of a model that is offloaded to memory."""
+    item = model.words._hf_hook.offloaded[0]
+    return item.source.fetch([item.slot.name])[item.slot.name]
+
+
+# -- memory -----------------------------------------------------------------------------------------------------------
+
+
+def parameters_of(model: nn.Module) -> list[Any]:
+    return [weakref.ref(parameter) for parameter in model.parameters()]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_what_is_written_to_the_disk_leaves_the_memory_and_comes_back(tmp_path: Path, tied: bool) -> None:
+    model = tied_model() if tied else Model()
+    expected = model(IDS).detach()
+    for offload in (disk_offload, lambda model, folder: dispatch_model(model, {"": "disk"}, offload_dir=folder)):
+        before = parameters_of(model)
+        offload(model, tmp_path)
+        gc.collect()
+        assert not any(parameter() is not None for parameter in before)
+        remove_hook_from_submodules(model)
+        assert torch.equal(model(IDS), expected)
+        assert bool(find_tied_parameters(model)) == tied
+        assert {parameter.device.type for parameter in model.parameters()} == {"cpu"}
+        assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_what_comes_back_from_the_disk_has_memory_of_its_own(tmp_path: Path) -> None:
+    model = disk_offload(Model(), tmp_path)
+    copied = copy.deepcopy(model)
+    expected = copied(IDS).detach()
+    remove_hook_from_submodules(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert torch.equal(copied(IDS), expected)
+    remove_hook_from_submodules(copied)
+    assert torch.equal(copied(IDS), expected)
+
+
+def test_what_waits_in_memory_is_the_very_same_afterwards() -> None:
+    model = Model()
+    before = list(model.parameters())
+    copied = copy.deepcopy(cpu_offload(model, execution_device="cpu"))
+    for each in (model, copied):
+        remove_hook_from_submodules(each)
+    assert all(new is old for new, old in zip(model.parameters(), before, strict=True))
+    addresses = {parameter.data_ptr() for parameter in model.parameters()}
+    assert not addresses & {parameter.data_ptr() for parameter in copied.parameters()}
+
+
+@pytest.mark.usefixtures("_imagined_gpus")
+def test_what_is_offloaded_from_a_gpu_leaves_it_and_comes_back() -> None:
+    model = dispatch_model(Model(), {"": 1})
+    for offload in (
+        lambda: cpu_offload(model),
+        lambda: dispatch_model(model, {"words": 0, "blocks": "cpu", "out": "cpu"}),
+    ):
+        before = parameters_of(model.blocks)
+        offload()
+        gc.collect()
+        assert not any(parameter() is not None for parameter in before)
+        assert model(torch.zeros(1, 3, dtype=torch.int64)).device.type == "cpu"
+        remove_hook_from_submodules(model)
+        assert {parameter.device for parameter in model.blocks.parameters()} == {torch.device("cuda:1")}
+
+
+def test_a_tie_over_memory_and_disk_comes_back(tmp_path: Path) -> None:
+    """As if a GPU ran it."""
+    model = tied_model()
+    expected = model(IDS)
+    layout = Layout(model, {"words": "disk", "": "cpu"}, torch.device("cpu"), False, [], offloads_cpu=True)
+    layout.find_sources(None, tmp_path, None, 1)
+    layout.carry_out(None, with_hooks=True)
+    assert torch.equal(model(IDS), expected)
+    remove_hook_from_submodules(model)
+    assert torch.equal(model(IDS), expected)
+    assert find_tied_parameters(model)
+
+
+def test_parameters_that_share_memory_are_offloaded(tmp_path: Path) -> None:
+    model = Model()
+    model.out.weight = nn.Parameter(model.words.weight.detach())
+    expected = model(IDS)
+    disk_offload(model, tmp_path)
+    assert torch.equal(model(IDS), expected)
+    remove_hook_from_submodules(model)
+    assert torch.equal(model(IDS), expected)
+
+
+# -- dispatching again ------------------------------------------------------------------------------------------------
+
+
+def test_a_dispatch_that_fails_leaves_a_dispatched_model_at_work(tmp_path: Path) -> None:
+    model = Model()
+    expected = model(IDS)
+    dispatch_model(model, {"": "disk"}, offload_dir=tmp_path)
+    (tmp_path / "file").touch()
+    bad_index = {"words.weight": {"safetensors_file": str(tmp_path / "file")}}
+    for again in (
+        lambda: dispatch_model(model, {"words": "cpu"}),
+        lambda: dispatch_model(model, {"": "disk"}, main_device="disk"),
+        lambda: dispatch_model(model, {"": "disk"}, offload_index=bad_index),
+        lambda: cpu_offload(model, execution_device=5),
+        lambda: cpu_offload(model, state_dict={"words.weight": torch.zeros(3)}),
+        lambda: disk_offload(model, tmp_path, prefetch_blocks=-1),
+    ):
+        with pytest.raises(TpdistError):
+            again()
+        assert torch.equal(model(IDS), expected)
+        assert model.hf_device_map == {"": "disk"}
+
+
+def test_a_dispatched_model_is_dispatched_again_wherever_its_values_are(tmp_path: Path) -> None:
+    model = tied_model()
+    expected = model(IDS)
+    disk_offload(model, tmp_path)
+    # The names of its files are another model's by now.
+    disk_offload(Model(), tmp_path)
+    for device_map in (*MAPS, {"": "cpu"}, *reversed(MAPS)):
+        dispatch_model(model, device_map, offload_dir=tmp_path / "again", prefetch_blocks=2)
+        for _ in range(2):
+            assert torch.equal(model(IDS), expected), device_map
+    cpu_offload(model)
+    assert torch.equal(model(IDS), expected)
+    disk_offload(model, tmp_path / "again")
+    assert torch.equal(model(IDS), expected)
+    remove_hook_from_submodules(model)
+    assert torch.equal(model(IDS), expected)
+
+
+def test_what_stays_on_the_disk_is_not_written_again(tmp_path: Path) -> None:
+    model = Model()
+    expected = model(IDS)
+    dispatch_model(model, {"": "disk"}, offload_dir=tmp_path)
+    dispatch_model(model, {"words": "cpu", "blocks": "disk", "out": "disk"}, prefetch_blocks=0)
+    assert torch.equal(model(IDS), expected)
+    assert model.words.weight.device.type == "cpu"
+
+
+def test_hooks_whose_files_are_broken_are_not_removed(tmp_path: Path) -> None:
+    model = Model()
+    expected = model(IDS)
+    disk_offload(model, tmp_path, prefetch_blocks=0)
+    file = tmp_path / "offloaded.safetensors"
+    content = file.read_bytes()
+    os.truncate(file, len(content) // 2)
+    with pytest.raises(CheckpointError, match="cut short while it was in use"):
+        remove_hook_from_submodules(model)
+    with file.open("r+b") as stream:
+        stream.write(content)
+    assert torch.equal(model(IDS), expected)
+    remove_hook_from_submodules(model)
+    assert torch.equal(model(IDS), expected)
+
+
+# -- threads ----------------------------------------------------------------------------------------------------------
+
+
+class Slow(Block):
+    """Lets other threads run in the middle of its forward."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = super().forward(x)
+        time.sleep(0.002)
+        return x + self.scale
+
+
+def test_threads_that_run_one_model_take_turns(tmp_path: Path) -> None:
+    for offload in (lambda model: disk_offload(model, tmp_path), lambda model: cpu_offload(model)):
+        model = Model()
+        model.blocks = nn.ModuleList(Slow() for _ in range(3))
+        expected = model(IDS)
+        offload(model)
+        models = [model, model, copy.deepcopy(model), model]
+        with ThreadPoolExecutor(4) as executor:
+            for found in executor.map(lambda each: [each(IDS) for _ in range(10)], models):
+                assert all(torch.equal(result, expected) for result in found)
+
+
+def test_a_thread_that_waits_too_long_says_for_what(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(align, "TURN_S", 0.05)
+    model = cpu_offload(Model())
+    with align_module_device(model.words), ThreadPoolExecutor(1) as executor:
+        with pytest.raises(TpdistError, match="Embedding is offloaded, and another thread has been running it"):
+            executor.submit(model, IDS).result()
+        assert model.words.weight.device.type == "cpu"
+    assert model(IDS).shape == (1, 3, 10)
+
+
+# -- small things -----------------------------------------------------------------------------------------------------
+
+
+def test_a_model_without_parameters_is_offloaded(tmp_path: Path) -> None:
+    assert cpu_offload(nn.ReLU())(torch.ones(1)) == 1
+    assert disk_offload(nn.ReLU(), tmp_path)(torch.ones(1)) == 1
+
+
+def test_a_state_dict_of_another_model_is_an_error() -> None:
+    message = r"words\.weight of state_dict has shape \[3\], but words\.weight of the model has shape \[10, 4\]: give"
+    with pytest.raises(DeviceMapError, match=message):
+        cpu_offload(Model(), state_dict={"words.weight": torch.zeros(3)})
+
+
+@pytest.mark.parametrize("number", [-1, True, None, 1.5])
+def test_what_is_no_number_of_blocks_is_an_error(tmp_path: Path, number: Any) -> None:
+    message = "prefetch_blocks is .*: give the number of blocks"
+    with pytest.raises(SettingsError, match=message):
+        disk_offload(Model(), tmp_path, prefetch_blocks=number)
+    with pytest.raises(SettingsError, match=message):
+        dispatch_model(Model(), {"": "cpu"}, prefetch_blocks=number)
+    with pytest.raises(SettingsError, match=message):
+        load_checkpoint_and_dispatch(Model(), tmp_path / "absent", "auto", prefetch_blocks=number)
+
+
+def test_a_module_under_two_names_has_one_device(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+    model = nn.ModuleDict({"a": nn.Linear(2, 2), "c": nn.Linear(2, 2)})
+    model["b"] = model["a"]
+    dispatch_model(model, {"a": "cpu", "b": "disk", "c": "disk"}, offload_dir=tmp_path)
+    assert "a.weight is also b.weight, of the same module: it is on cpu alone" in caplog.text
+    assert "a copy of its own" not in caplog.text
+    assert model["b"].weight.device.type == "cpu"
 
 
 # -- devices ----------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from accelerate.utils import modeling as reference
 from module_trees import cases, random_memory, random_module, tie_some
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tpdist.bigmodel import (
     check_device_map,
@@ -26,6 +27,7 @@ from tpdist.bigmodel import (
     init_on_device,
     load_checkpoint_in_model,
 )
+from tpdist.bigmodel.empty import _MovedParameters
 
 
 def linear(size: int = 4) -> nn.Linear:
@@ -152,6 +154,30 @@ def test_parameters_tied_while_a_module_is_built_stay_tied(include_buffers: bool
     assert find_tied_parameters(model) == [["extra", "same"], ["out.weight", "words.weight"]]
     assert model.words.weight.device.type == "meta"
     assert [parameter.requires_grad for parameter in model.parameters()] == [False, True]
+
+
+class Copied(nn.Module):
+    """Ties a weight that is where it belongs already."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False)
+        self.second.weight = self.first.weight
+
+
+@pytest.mark.parametrize("device", [torch.device("cpu", 0), torch.device("cpu"), torch.device("meta", 0)])
+def test_ties_do_not_depend_on_how_a_device_is_written(device: torch.device) -> None:
+    with init_on_device(device):
+        model = Copied()
+    assert find_tied_parameters(model) == [["first.weight", "second.weight"]]
+    assert model.first.weight.device.type == device.type
+
+
+def test_a_gpu_without_a_number_is_the_one_that_tensors_name() -> None:
+    with FakeTensorMode():
+        moved = _MovedParameters(torch.device("cuda"))
+        parameter = nn.Parameter(torch.zeros(1, device="cuda:0"))
+        assert moved.of(parameter) is parameter
 
 
 def test_parameters_that_were_tied_before_they_were_placed_do_not_end_the_search() -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.utils.rnn import PackedSequence
 from transformers.modeling_outputs import BaseModelOutput
 
 from tpdist.bigmodel import (
@@ -90,6 +91,27 @@ def test_all_structures_are_moved_and_keep_their_kind() -> None:
     module = nn.Linear(1, 1)
     assert send_to_device([module, None, "text", 1], away) == [module, None, "text", 1]
     assert module.weight.device == home
+
+
+@pytest.mark.usefixtures("_imagined_gpus")
+def test_what_can_move_itself_is_moved_by_that() -> None:
+    packed = PackedSequence(torch.zeros(5, 1), torch.tensor([2, 2, 1]), torch.tensor([1, 0]))
+    moved = send_to_device({"x": [packed]}, torch.device("cuda:1"))["x"][0]
+    assert isinstance(moved, PackedSequence)
+    assert (moved.data.device.type, moved.batch_sizes.device.type) == ("cuda", "cpu")
+    assert moved.sorted_indices.device.type == "cuda"
+    assert send_to_device(packed, torch.device("cpu")) is packed
+
+
+class Edge(NamedTuple):
+    source: Tensor
+    to: Tensor
+
+
+@pytest.mark.usefixtures("_imagined_gpus")
+def test_a_field_of_the_name_to_moves_nothing() -> None:
+    moved = send_to_device(Edge(torch.zeros(1), torch.zeros(1)), torch.device("cuda:1"))
+    assert (moved.source.device, moved.to.device) == (torch.device("cuda:1"),) * 2
 
 
 class Movable(nn.Linear):

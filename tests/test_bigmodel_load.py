@@ -12,12 +12,15 @@ from torch import Tensor, nn
 
 from tpdist.bigmodel import (
     DeviceMapError,
+    DispatchedModelError,
     devices,
     dispatch_model,
     find_tied_parameters,
     init_empty_weights,
     load_checkpoint_and_dispatch,
     load_checkpoint_in_model,
+    remove_hook_from_submodules,
+    set_module_tensor_to_device,
 )
 from tpdist.bigmodel.load import named_device_map
 from tpdist.errors import CheckpointError, SettingsError
@@ -176,6 +179,59 @@ def test_loading_and_dispatching_can_be_two_steps(tmp_path: Path) -> None:
     assert torch.equal(model.words(torch.arange(6)), values["words.weight"])
 
 
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("device_map", MAPS[2:])
+def test_a_model_on_the_disk_moves_once_its_hooks_are_removed(tmp_path: Path, device_map: Any, tied: bool) -> None:
+    """What the error of a model that is not to be moved advises."""
+    folder, values = stored(tmp_path)
+    model = load_checkpoint_and_dispatch(empty(tied=tied), folder, device_map)
+    with pytest.raises(DispatchedModelError, match=r"call remove_hook_from_submodules\(model\) first"):
+        model.to("cpu")
+    remove_hook_from_submodules(model)
+    model.to("cpu", torch.float64)
+    assert torch.equal(model.norm.bias, values["norm.bias"].double())
+    assert torch.equal(model.words.weight, values["words.weight"].double())
+    assert all(parameter.dtype == torch.float64 for parameter in model.parameters())
+    assert bool(find_tied_parameters(model)) == (tied and len(set(device_map.values())) == 1)
+
+
+@pytest.mark.parametrize("first", MAPS[1:])
+@pytest.mark.parametrize("second", MAPS[1:])
+def test_a_dispatched_model_can_be_filled_from_another_checkpoint(tmp_path: Path, first: Any, second: Any) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    model = load_checkpoint_and_dispatch(empty(), stored(tmp_path / "a")[0], first)
+    folder, values = stored(tmp_path / "b")
+    load_checkpoint_and_dispatch(model, folder, second)
+    expected = Model()
+    expected.load_state_dict(values)
+    assert torch.equal(model(torch.tensor([1, 2])), expected(torch.tensor([1, 2])))
+
+
+def test_a_tensor_that_was_put_into_a_dispatched_model_stays(tmp_path: Path) -> None:
+    model = load_checkpoint_and_dispatch(empty(), stored(tmp_path)[0], {"": "disk"})
+    set_module_tensor_to_device(model, "norm.bias", "cpu", torch.full((4,), 7.0))
+    remove_hook_from_submodules(model)
+    assert model.norm.bias.tolist() == [7.0] * 4
+
+
+class Leaving(nn.Linear):
+    """Has its hooks removed while it runs."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        remove_hook_from_submodules(self)
+        return super().forward(x)
+
+
+def test_hooks_can_be_removed_in_a_forward(tmp_path: Path) -> None:
+    model = nn.Sequential(Leaving(2, 2))
+    expected = nn.functional.linear(torch.ones(1, 2), model[0].weight, model[0].bias)
+    dispatch_model(model, {"": "disk"}, offload_dir=tmp_path)
+    for _ in range(2):
+        assert torch.equal(model(torch.ones(1, 2)), expected)
+    assert model[0].weight.device.type == "cpu"
+
+
 def test_what_does_not_fit_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder, values = stored(tmp_path, without="norm.bias")
     save_file(values | {"extra.weight": torch.ones(1)}, folder / "model.safetensors")
@@ -264,6 +320,15 @@ def test_words_stand_for_maps() -> None:
         DeviceMapError, match="device_map is 'fast': use auto, balanced, balanced_low_0, sequential, or"
     ):
         placed("fast", much)
+
+
+@pytest.mark.usefixtures("_three_gpus")
+def test_buffers_without_room_are_said_once_and_of_the_map_that_is_used(caplog: pytest.LogCaptureFixture) -> None:
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), *(nn.BatchNorm1d(32) for _ in range(3)))
+    for offload_buffers, count in ((False, 1), (True, 0)):
+        caplog.clear()
+        named_device_map(model, "auto", {0: 600, "cpu": 4000}, [], None, offload_buffers)
+        assert caplog.text.count("buffers of offloaded layers take") == count
 
 
 @pytest.mark.usefixtures("_three_gpus")

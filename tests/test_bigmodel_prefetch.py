@@ -2,6 +2,7 @@
 
 import gc
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -122,6 +123,27 @@ def test_no_thread_and_no_file_are_left_when_a_model_goes(tmp_path: Path) -> Non
     gc.collect()
     until(lambda: not prefetch_threads())
     until(lambda: len(os.listdir("/proc/self/fd")) == num_files)
+
+
+@pytest.mark.parametrize("ahead", [0, 1, 3])
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+def test_a_forked_process_reads_by_itself(tmp_path: Path, ahead: int) -> None:
+    offloaded = disk_offload(model(), tmp_path, prefetch_blocks=ahead)
+    x = torch.ones(1, 64)
+    with torch.no_grad():
+        expected = offloaded(x)
+        child = os.fork()
+        if child == 0:
+            os._exit(0 if all(torch.equal(offloaded(x), expected) for _ in range(2)) else 1)
+        exits: list[int] = []
+        try:
+            until(lambda: exits.extend(status for pid, status in [os.waitpid(child, os.WNOHANG)] if pid) or bool(exits))
+        finally:
+            if not exits:
+                os.kill(child, signal.SIGKILL)
+                os.waitpid(child, 0)
+        assert exits == [0]
+        assert torch.equal(offloaded(x), expected)
 
 
 def test_a_file_that_breaks_in_use_is_an_error_of_the_forward(tmp_path: Path) -> None:

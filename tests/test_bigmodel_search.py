@@ -1,12 +1,13 @@
 """The exact placement against trying everything: the same placement, in thousands of random cases."""
 
 import random
+import time
 from collections.abc import Sequence
-from itertools import combinations_with_replacement
+from itertools import combinations_with_replacement, permutations
 
 import pytest
 
-from tpdist.bigmodel.search import Piece, place
+from tpdist.bigmodel.search import MAX_ORDERS, Piece, place, place_in_best_order
 
 
 def devices_of(placement: Sequence[int]) -> list[int]:
@@ -69,6 +70,54 @@ def test_placements_are_those_that_trying_everything_finds(seed: int) -> None:
         cpu_bytes = draw.randint(0, total)
         expected = by_trying_everything(pieces, gpu_bytes, cpu_bytes)
         assert place(pieces, gpu_bytes=gpu_bytes, cpu_bytes=cpu_bytes) == expected, (pieces, gpu_bytes, cpu_bytes)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_no_order_of_the_gpus_is_better(seed: int) -> None:
+    """Of all orders the least is spilled, then the fewest GPUs and the cheapest borders; the given order if it is as
+    good as any."""
+    draw = random.Random(100 + seed)
+    changed = 0
+    for _ in range(60):
+        pieces = random_pieces(draw, draw.randint(3, 7))
+        total = sum(piece.num_bytes for piece in pieces)
+        gpu_bytes = [draw.randint(0, total // 2) for _ in range(draw.randint(2, 3))]
+        cpu_bytes = draw.randint(0, total)
+        given = by_trying_everything(pieces, gpu_bytes, cpu_bytes)
+        wishes = {}
+        for order in permutations(range(len(gpu_bytes))):
+            room = [gpu_bytes[gpu] for gpu in order]
+            best = by_trying_everything(pieces, room, cpu_bytes)
+            wishes[tuple([*order, *range(len(room), len(room) + 2)][d] for d in best)] = wish(pieces, best, len(room))
+        found = place_in_best_order(pieces, gpu_bytes=gpu_bytes, cpu_bytes=cpu_bytes)
+        least = min(wishes.values())
+        if wish(pieces, given, len(gpu_bytes))[:2] == least[:2]:
+            assert found == given
+            continue
+        changed += 1
+        assert wishes[tuple(found)][:4] == least[:4], (pieces, gpu_bytes, cpu_bytes)
+    assert changed > 0
+
+
+def test_orders_of_many_different_gpus_are_not_tried() -> None:
+    sizes = [1, 2, 3, 4, 5, 6]
+    pieces = [Piece(size, size) for size in reversed(sizes)]
+    assert place_in_best_order(pieces, gpu_bytes=sizes, cpu_bytes=100) == place(pieces, gpu_bytes=sizes, cpu_bytes=100)
+    assert place_in_best_order(pieces[1:], gpu_bytes=sizes[:5], cpu_bytes=0) == [4, 3, 2, 1, 0]
+    assert MAX_ORDERS == 120
+    pieces = [Piece(5, 5), *[Piece(1, 1)] * 7]
+    assert place_in_best_order(pieces, gpu_bytes=[1] * 7 + [5], cpu_bytes=0) == [7, 0, 1, 2, 3, 4, 5, 6]
+
+
+def test_all_orders_of_five_gpus_take_seconds_only() -> None:
+    draw = random.Random(0)
+    pieces = random_pieces(draw, 1000)
+    total = sum(piece.num_bytes for piece in pieces)
+    started = time.monotonic()
+    gpu_bytes = [int(total * share) for share in (0.1, 0.15, 0.19, 0.2, 0.25)]
+    found = place_in_best_order(pieces, gpu_bytes=gpu_bytes, cpu_bytes=total)
+    assert time.monotonic() - started < 20
+    assert len(set(found)) == 6
 
 
 def test_a_model_that_fits_on_the_gpus_needs_no_reserve() -> None:

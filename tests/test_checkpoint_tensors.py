@@ -48,10 +48,13 @@ def test_tensors_are_read_as_they_were_written(tmp_path: Path, spare_buffers: in
 
 def test_views_and_shared_memory_are_written(tmp_path: Path) -> None:
     whole = torch.arange(12.0).reshape(3, 4)
-    write_tensors(tmp_path / "x.safetensors", {"column": whole[:, 1], "row": whole[1], "all": whole, "again": whole.T})
+    views = {"column": whole[:, 1], "row": whole[1], "all": whole, "again": whole.T, "flat": whole.view(-1)}
+    write_tensors(tmp_path / "x.safetensors", views | {"none": whole[:0], "same": whole, "empty": torch.zeros(0)})
     found = load_file(tmp_path / "x.safetensors")
     assert found["column"].tolist() == [1, 5, 9]
     assert found["again"].equal(whole.T)
+    assert found["flat"].tolist() == whole.flatten().tolist()
+    assert found["same"].equal(whole)
 
 
 def test_buffers_are_used_again_only_once_nothing_needs_them(tmp_path: Path) -> None:
@@ -158,5 +161,5 @@ def test_unknown_types_and_double_names_are_errors(tmp_path: Path) -> None:
         find_tensors(tmp_path / "x.json")
     header = b'{"a":{"dtype":"F4","shape":[2],"data_offsets":[0,1]}}'
     (tmp_path / "f4").write_bytes(len(header).to_bytes(8, "little") + header + b"x")
-    with pytest.raises(CheckpointError, match="dtype F4, which cannot be read"):
+    with pytest.raises(CheckpointError, match="dtype F4, which cannot be read: convert the checkpoint to one of BOOL"):
         TensorReader().read(read_header(tmp_path / "f4"))

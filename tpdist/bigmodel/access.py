@@ -2,11 +2,12 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from difflib import get_close_matches
 
 from torch import Tensor, nn
 
 from tpdist.bigmodel.align import AlignDevicesHook, Slot, like, slots
-from tpdist.bigmodel.device_map import Placed
+from tpdist.bigmodel.device_map import NUM_SHOWN, Placed
 from tpdist.bigmodel.devices import DeviceMapError, torch_device
 from tpdist.bigmodel.sizes import Dtype, as_dtype
 from tpdist.bigmodel.sources import cast
@@ -25,10 +26,9 @@ def set_module_tensor_to_device(
     The value becomes `dtype`, unless it holds whole numbers or bools, or else the type of the tensor that it replaces.
     Raises DeviceMapError if there is no such tensor, it has another shape, or it is on meta and has no value.
     """
-    path, _, leaf = tensor_name.rpartition(".")
-    slot = Slot(tensor_name, module.get_submodule(path), leaf)
-    if leaf not in slot.owner._parameters and leaf not in slot.owner._buffers:
-        raise DeviceMapError(f"{type(module).__name__} has no parameter or buffer {tensor_name}")
+    slot = next((slot for slot in _named_slots(module, tensor_name) if slot.name == tensor_name), None)
+    if slot is None:
+        raise _unknown(module, tensor_name)
     old, target = slot.tensor, torch_device(device)
     if value is None and old.device.type == "meta" and target.type != "meta":
         raise DeviceMapError(f"{tensor_name} is on the meta device and has no values to put on {target}: give a value")
@@ -37,6 +37,25 @@ def set_module_tensor_to_device(
     values = old if value is None else value
     values = cast(values, as_dtype(dtype)) if dtype is not None else values.to(old.dtype)
     slot.put(like(values.detach().to(target, non_blocking=non_blocking), old))
+
+
+def _named_slots(module: nn.Module, tensor_name: str) -> Iterator[Slot]:
+    """The places beside this one, if there is a module around it."""
+    path, _, _ = tensor_name.rpartition(".")
+    try:
+        owner = module.get_submodule(path)
+    except AttributeError:
+        return
+    yield from slots(owner, prefix=path, recurse=False)
+
+
+def _unknown(module: nn.Module, tensor_name: str) -> DeviceMapError:
+    names = [slot.name for slot in slots(module)]
+    near = get_close_matches(tensor_name, names, n=NUM_SHOWN, cutoff=0) or ["nothing"]
+    return DeviceMapError(
+        f"{type(module).__name__} has no parameter or buffer {tensor_name}: give one of its names, which are like "
+        f"{', '.join(near)}"
+    )
 
 
 def has_offloaded_params(module: nn.Module) -> bool:

@@ -91,6 +91,12 @@ class Offloaded:
     def placeholder(self) -> Tensor:
         return self.parked.placeholder
 
+    @property
+    def is_away(self) -> bool:
+        """Whether the placeholder stands there now: not while the module runs, nor once a user has put a tensor."""
+        found = self.slot.owner._buffers if self.slot.is_buffer else self.slot.owner._parameters
+        return found.get(self.slot.leaf) is self.placeholder
+
     @torch.inference_mode(False)
     def restored(self, device: torch.device) -> Tensor:
         """The tensor that was there before, or else one on `device` with memory of its own."""
@@ -172,8 +178,8 @@ class AlignDevicesHook(ModelHook):
         )
 
     def post_forward(self, module: nn.Module, output: Any) -> Any:
-        call = self._calls[threading.get_ident()]
-        if self.io_same_device and call.input_device is not None and call.depth == 1:
+        call = self._calls.get(threading.get_ident())
+        if self.io_same_device and call is not None and call.input_device is not None and call.depth == 1:
             return send_to_device(output, call.input_device, self.skip_keys)
         return output
 
@@ -193,10 +199,12 @@ class AlignDevicesHook(ModelHook):
     def detach_hook(self, module: nn.Module) -> nn.Module:
         """Bring everything back to where it was, and to the CPU what was never in memory. Nothing changes on errors."""
         restored: dict[int, Tensor] = {}
-        for item in self.offloaded:
+        # While the module runs, what stands there is the hook's; at other times a user may have put it there.
+        items = [item for item in self.offloaded if item.is_away or self._calls]
+        for item in items:
             if id(item.parked) not in restored:
                 restored[id(item.parked)] = item.restored(item.parked.home)
-        for item in self.offloaded:
+        for item in items:
             item.parked.memory = restored[id(item.parked)]  # for its other places, so that it stays one
             item.slot.put(item.parked.memory)
         self.forget()
@@ -222,7 +230,10 @@ class AlignDevicesHook(ModelHook):
 
 
 def offloaded_in(model: nn.Module) -> tuple[list[AlignDevicesHook], dict[tuple[int, str], Offloaded]]:
-    """The hooks in a model that move tensors, and what they offload by its owner's id and leaf."""
+    """The hooks in a model that move tensors, and what they offload by its owner's id and leaf.
+
+    Where somebody has put another tensor, that counts, and nothing is offloaded any more.
+    """
     hooks: list[AlignDevicesHook] = []
     for module in model.modules():
         pending = [module.__dict__.get("_hf_hook")]
@@ -232,4 +243,5 @@ def offloaded_in(model: nn.Module) -> tuple[list[AlignDevicesHook], dict[tuple[i
                 pending.extend(hook.hooks)
             elif isinstance(hook, AlignDevicesHook):
                 hooks.append(hook)
-    return hooks, {(id(item.slot.owner), item.slot.leaf): item for hook in hooks for item in hook.offloaded}
+    items = [item for hook in hooks for item in hook.offloaded if item.is_away]
+    return hooks, {(id(item.slot.owner), item.slot.leaf): item for item in items}

@@ -1,12 +1,17 @@
 """The exact placement of a model's modules: what search.py finds, as a device map.
 
-A model that fits is never spilled: see search.py for what is wanted, and in which order. Modules are split only where a
-border between devices falls into them. Tied parameters stay together, with the modules that hold them, at the place of
-the first, and count once.
+Each device holds one run of modules that follow each other: of all such placements the best is found (search.py has
+what is wanted, and in which order), so a model that has one on the GPUs is never spilled. That holds for the GPUs in
+the order of their numbers, and, where that order spills, in every other order too, up to MAX_ORDERS different ones (all
+for five GPUs; equal ones count as one); with more the given order decides. A placement that would need a device to hold
+modules from several places of the model is not looked for.
+
+Modules are split only where a border between devices falls into them. Tied parameters stay together, with the modules
+that hold them, at the place of the first, and count once.
 """
 
 from bisect import bisect
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -17,7 +22,7 @@ from tpdist.bigmodel.device_map import clean_device_map
 from tpdist.bigmodel.devices import Device, MaxMemory
 from tpdist.bigmodel.greedy import warn_of_buffers
 from tpdist.bigmodel.memory import get_max_memory
-from tpdist.bigmodel.search import Piece, place
+from tpdist.bigmodel.search import Piece, place_in_best_order
 from tpdist.bigmodel.sizes import (
     Dtype,
     Part,
@@ -56,26 +61,66 @@ def auto_device_map(
     """Where each module goes so that the fast devices hold as much as they can; infer_auto_device_map's signature.
 
     Without `no_split_module_classes`, those of the model's `_no_split_modules`. `fallback_allocation` changes nothing:
-    the search already considers all placements. Buffers count with their modules, although those of offloaded modules
-    stay on the main device without `offload_buffers`: a line in the log says so if no GPU has room for them.
+    the search already considers all placements in contiguous pieces. The map is in the order of the model. Buffers
+    count with their modules, although those of offloaded modules stay on the main device without `offload_buffers`: a
+    line in the log says so if no GPU has room for them.
     """
-    memory = get_max_memory(max_memory)
+    return best_device_map(
+        model,
+        [get_max_memory(max_memory)],
+        no_split_classes(model, no_split_module_classes),
+        dtype=dtype,
+        special_dtypes=special_dtypes,
+        verbose=verbose,
+        clean_result=clean_result,
+        offload_buffers=offload_buffers,
+    )
+
+
+def best_device_map(
+    model: nn.Module,
+    options: Sequence[MaxMemory],
+    no_split: Sequence[str],
+    *,
+    dtype: Dtype | None = None,
+    special_dtypes: Mapping[str, Dtype] | None = None,
+    verbose: bool = False,
+    clean_result: bool = True,
+    offload_buffers: bool = False,
+) -> dict[str, Device]:
+    """The map for the first of these memories that spills least; what is to be said in the log is said of it alone."""
     warn_if_not_tied(model, find_tied_parameters(model))
-    units = _units(model, no_split_classes(model, no_split_module_classes), _Sizes(dtype, special_dtypes))
-    gpus = [device for device in memory if device not in ("cpu", "disk")]
-    devices = [*gpus, "cpu", "disk"]
-    placed = _placed(units, [memory[gpu] for gpu in gpus], memory.get("cpu", 0))
+    units = _units(model, list(no_split), _Sizes(dtype, special_dtypes))
+    placements = [_placed(units, memory) for memory in options]
+    best = min(range(len(options)), key=lambda option: _spilled(units, placements[option]))
+    placed = placements[best]
     if not offload_buffers:
-        _warn_if_buffers_have_no_room(model, memory, units, [devices[device] for device in placed])
-    where = {name: devices[device] for unit, device in zip(units, placed, strict=True) for name in unit.names}
+        _warn_if_buffers_have_no_room(model, options[best], units, placed)
     if verbose:
         for unit, device in zip(units, placed, strict=True):
-            print(f"{', '.join(unit.names)} ({unit.num_bytes} bytes) goes to {devices[device]}")
+            print(f"{', '.join(unit.names)} ({unit.num_bytes} bytes) goes to {device}")
+    where = {name: device for unit, device in zip(units, placed, strict=True) for name in unit.names}
     device_map = {name: where[name] for name in _in_model_order(model, where)}
-    return clean_device_map(device_map) if clean_result else device_map
+    cleaned = clean_device_map(device_map) if clean_result else device_map
+    return {name: cleaned[name] for name in _in_model_order(model, cleaned)}
 
 
-def _placed(units: list[_Unit], gpu_bytes: list[int], cpu_bytes: int) -> list[int]:
+def _spilled(units: list[_Unit], placed: list[Device]) -> tuple[int, int]:
+    """Bytes on the disk, and on the CPU."""
+    sums = dict[Device, int]()
+    for unit, device in zip(units, placed, strict=True):
+        sums[device] = sums.get(device, 0) + unit.num_bytes
+    return sums.get("disk", 0), sums.get("cpu", 0)
+
+
+def _placed(units: list[_Unit], memory: MaxMemory) -> list[Device]:
+    gpus = [device for device in memory if device not in ("cpu", "disk")]
+    devices: list[Device] = [*gpus, "cpu", "disk"]
+    numbers = _numbers(units, [memory[gpu] for gpu in gpus], memory.get("cpu", 0))
+    return [devices[number] for number in numbers]
+
+
+def _numbers(units: list[_Unit], gpu_bytes: list[int], cpu_bytes: int) -> list[int]:
     """The number of each unit's device: the GPUs, the CPU, the disk. What takes no bytes fits on the first."""
     if not any(unit.num_bytes for unit in units):
         return [0] * len(units)
@@ -84,7 +129,7 @@ def _placed(units: list[_Unit], gpu_bytes: list[int], cpu_bytes: int) -> list[in
         Piece(unit.num_bytes, min(unit.layer_bytes, unit.num_bytes), _common_modules(before, unit))
         for before, unit in pairwise([_Unit([""], 0, 0), *units])
     ]
-    return place(pieces, gpu_bytes=gpu_bytes, cpu_bytes=cpu_bytes)
+    return place_in_best_order(pieces, gpu_bytes=gpu_bytes, cpu_bytes=cpu_bytes)
 
 
 def _warn_if_buffers_have_no_room(
@@ -107,17 +152,6 @@ def _buffers(model: nn.Module, name: str) -> list[Tensor]:
     return [] if leaf in owner._parameters else list(model.get_submodule(name).buffers())
 
 
-def spilled_bytes(model: nn.Module, device_map: Mapping[str, Device], dtype: Dtype | None = None) -> tuple[int, int]:
-    """Bytes that a map puts on the disk, and on the CPU; less is better, the disk first."""
-    units = _units(model, list(device_map), _Sizes(dtype, None), by_name=True)
-    found = {"disk": 0, "cpu": 0}
-    for unit in units:
-        device = device_map.get(unit.names[0])
-        if device == "disk" or device == "cpu":
-            found[str(device)] += unit.num_bytes
-    return found["disk"], found["cpu"]
-
-
 def no_split_classes(model: nn.Module, given: str | Iterable[str] | None) -> list[str]:
     """The classes that a user named, or else those that the model names itself."""
     return class_names(getattr(model, "_no_split_modules", None) if given is None else given)
@@ -137,21 +171,19 @@ class _Sizes:
         return -int(-tensor.numel() * size // 1)
 
 
-def _units(model: nn.Module, no_split: list[str], sizes: _Sizes, *, by_name: bool = False) -> list[_Unit]:
-    """The model in pieces that hold something, in order. `by_name`: `no_split` are names of modules, not classes."""
+def _units(model: nn.Module, no_split: list[str], sizes: _Sizes) -> list[_Unit]:
+    """The model in pieces that hold something, in order."""
     counted: set[int] = set()
-    units = [_unit(name, part, sizes, counted) for name, part in _whole_parts("", model, no_split, by_name=by_name)]
+    units = [_unit(name, part, sizes, counted) for name, part in _whole_parts("", model, no_split)]
     return _join_empty(_join_tied(units))
 
 
-def _whole_parts(
-    name: str, part: nn.Module | Tensor, no_split: list[str], *, by_name: bool
-) -> Iterable[tuple[str, nn.Module | Tensor]]:
-    if not isinstance(part, nn.Module) or (name in no_split if by_name else is_whole(part, no_split)):
+def _whole_parts(name: str, part: nn.Module | Tensor, no_split: list[str]) -> Iterable[tuple[str, nn.Module | Tensor]]:
+    if not isinstance(part, nn.Module) or is_whole(part, no_split):
         yield name, part
         return
     for child_name, child in direct_parts(name, part):
-        yield from _whole_parts(child_name, child, no_split, by_name=by_name)
+        yield from _whole_parts(child_name, child, no_split)
 
 
 def _unit(name: str, part: nn.Module | Tensor, sizes: _Sizes, counted: set[int]) -> _Unit:

@@ -11,16 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from tpdist.bigmodel.align import Slot, like, slots
-from tpdist.bigmodel.auto import auto_device_map, no_split_classes, spilled_bytes
+from tpdist.bigmodel.auto import best_device_map, no_split_classes
 from tpdist.bigmodel.device_map import NUM_SHOWN, Placed, check_device_map, device_of
 from tpdist.bigmodel.devices import Device, DeviceMapError, MaxMemory, torch_device
-from tpdist.bigmodel.dispatch import NUM_BLOCKS_AHEAD, PathLike, dispatch_model
+from tpdist.bigmodel.dispatch import NUM_BLOCKS_AHEAD, PathLike, check_prefetch_blocks, dispatch_model
 from tpdist.bigmodel.greedy import infer_auto_device_map
 from tpdist.bigmodel.memory import get_balanced_memory, get_max_memory
 from tpdist.bigmodel.offload_files import remember_entries
 from tpdist.bigmodel.sizes import Dtype, as_dtype, is_cast
 from tpdist.bigmodel.sources import cast, check_shape
-from tpdist.bigmodel.tied import check_tied_parameters_on_same_device, find_tied_parameters, is_within, warn_if_not_tied
+from tpdist.bigmodel.tied import find_tied_parameters, is_within, report_ties, warn_if_not_tied
 from tpdist.checkpoint.header import TensorEntry
 from tpdist.checkpoint.index import CheckpointIndex
 from tpdist.checkpoint.tensors import TensorReader, find_tensors
@@ -62,7 +62,7 @@ def load_checkpoint_in_model(
     warn_if_not_tied(model, tied)
     if device_map is not None:
         check_device_map(model, device_map)
-        check_tied_parameters_on_same_device(tied, device_map)
+        report_ties(model, device_map)
     targets = _targets(model, index, strict=strict)
     wanted = loaded_dtype(index, dtype)
     kept = tuple(keep_in_fp32_modules or ()) if wanted == torch.float16 else ()
@@ -96,6 +96,7 @@ def load_checkpoint_and_dispatch(
     "balanced", "balanced_low_0", "sequential": Accelerate's greedy placement in balanced memory, in memory balanced
     without GPU 0, and in `max_memory` as it is. Without a map the model is loaded where it is, and not dispatched.
     """
+    check_prefetch_blocks(prefetch_blocks)
     if isinstance(device_map, str):
         index = find_tensors(Path(checkpoint))
         no_split = no_split_classes(model, no_split_module_classes)
@@ -148,8 +149,7 @@ def named_device_map(
     if name != "auto":
         return infer_auto_device_map(model, balanced, no_split, dtype=dtype, offload_buffers=offload_buffers)
     options = (_capped(balanced), balanced, get_max_memory(max_memory))
-    maps = [auto_device_map(model, memory, no_split, dtype=dtype) for memory in options]
-    return min(maps, key=lambda found: spilled_bytes(model, found, dtype))
+    return best_device_map(model, options, no_split, dtype=dtype, offload_buffers=offload_buffers)
 
 
 def _capped(balanced: MaxMemory) -> MaxMemory:

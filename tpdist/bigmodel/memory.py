@@ -33,7 +33,7 @@ def get_max_memory(max_memory: Mapping[Device, int | str] | None = None) -> MaxM
     """
     if max_memory is None:
         return devices.free_memory()
-    if unknown := [device for device in max_memory if not isinstance(device, int) and device not in LAST_DEVICES]:
+    if unknown := [device for device in max_memory if not _is_known(device)]:
         raise DeviceMapError(
             f"max_memory names {unknown[0]!r}, which is no device: use GPU numbers, 'mps', 'cpu' and 'disk'"
         )
@@ -44,13 +44,26 @@ def get_max_memory(max_memory: Mapping[Device, int | str] | None = None) -> MaxM
     return {device: _num_bytes(device, max_memory[device], free) for device in order}
 
 
+def _is_known(device: object) -> bool:
+    if isinstance(device, int) and not isinstance(device, bool):
+        return device >= 0
+    return device in LAST_DEVICES
+
+
 def _gpus(memory: Iterable[Device]) -> list[int]:
     return sorted(device for device in memory if isinstance(device, int))
 
 
 def _num_bytes(device: Device, size: int | str, free: Mapping[Device, int]) -> int:
     if size != "auto":
-        return convert_file_size_to_int(size) if isinstance(size, str) else size
+        if isinstance(size, str):
+            return convert_file_size_to_int(size)
+        if isinstance(size, bool) or not isinstance(size, int) or size < 0:
+            raise DeviceMapError(
+                f"max_memory of {device!r} is {size!r}: give bytes as a whole number of 0 or more, a size such as "
+                f"'10GiB', or 'auto'; leave out a device that is not to be used"
+            )
+        return size
     if device not in free:
         raise DeviceMapError(f"max_memory of {device!r} is 'auto', but its free memory is not known; give bytes")
     return free[device]

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 def send_to_device(data: Any, device: torch.device, skip_keys: str | Sequence[str] | None = None) -> Any:
     """`data` with all its tensors on `device`; the very same object if they are there already.
 
-    Whatever has a method `to` moves itself by it (a PackedSequence, for example), except modules. Looks into other lists,
-    tuples, mappings (among them the outputs of transformers) and dataclasses. Values at `skip_keys` of mappings stay where they are.
+    Whatever has a method `to` moves itself by it (a PackedSequence, for example), except modules. Looks into other
+    lists, tuples, mappings (among them the outputs of transformers) and dataclasses. Values at `skip_keys` of mappings
+    stay where they are.
     """
     if isinstance(data, Tensor):
         return data if data.device == device else data.to(device)

@@ -35,9 +35,9 @@ def disk_entries(
 ) -> OffloadIndex:
     """The tensor in a file for each of these places, and the type that it is wanted in (None: the place's).
 
-    What is in memory (`values`, by name) is written to `folder`; the rest is looked up in `index`, then in the checkpoint
-    that it was left in, then in what is in `folder` already. A name that is not there is looked for under the other
-    names of its parameter. Raises DeviceMapError for what is nowhere, CheckpointError for files.
+    What is in memory (`values`, by name) is written to `folder`; the rest is looked up in `index`, then in the
+    checkpoint that it was left in, then in what is in `folder` already. A name that is not there is looked for under
+    the other names of its parameter. Raises DeviceMapError for what is nowhere, CheckpointError for files.
     """
     known: dict[str, tuple[TensorEntry, torch.dtype | None]] = {}
     known |= {name: (entry, None) for name, entry in _in_folder(folder).items()}

@@ -117,8 +117,8 @@ def torch_dtype(entry: TensorEntry) -> torch.dtype:
     """Raises CheckpointError for a type that torch has no word for."""
     if entry.dtype not in TORCH_DTYPES:
         raise CheckpointError(
-            f"tensor {entry.name} of {entry.file} has dtype {entry.dtype}, which cannot be read: convert the checkpoint "
-            f"to one of {', '.join(TORCH_DTYPES)}"
+            f"tensor {entry.name} of {entry.file} has dtype {entry.dtype}, which cannot be read: convert the "
+            f"checkpoint to one of {', '.join(TORCH_DTYPES)}"
         )
     return TORCH_DTYPES[entry.dtype]
 
