@@ -275,6 +275,56 @@ def test_a_refusal_has_the_shortfall_and_what_would_help() -> None:
         place(LAYERS, [])
 
 
+def test_a_refusal_lacks_what_the_closest_of_all_orders_and_cuts_lacks() -> None:
+    """With the output beside the last layer or the first: so much more on every GPU, and the model fits."""
+    rng, compared, first_is_closer = random.Random(10), 0, 0
+    for _ in range(150):
+        config = small_config(
+            num_hidden_layers=rng.randint(1, 4),
+            vocab_size=rng.choice((300, 3000)),
+            tie_word_embeddings=rng.random() < 0.8,
+        )
+        sizes = [rng.randint(200, 1500) * 1024 for _ in range(rng.randint(1, 3))]
+        asked = demand(**SMALL, fixed=frozenset(SMALL))
+        try:
+            place(config, [gpu(index, size) for index, size in enumerate(sizes)], asked)
+            continue
+        except PlanError as refused:
+            line = str(refused).splitlines()[0]
+        lacks = int(line.split("(")[1].split(" ")[0].replace(",", ""))
+        place(config, [gpu(index, size + lacks) for index, size in enumerate(sizes)], asked)
+        with pytest.raises(PlanError, match="does not fit"):
+            place(config, [gpu(index, size + lacks - 1) for index, size in enumerate(sizes)], asked)
+        devices = [gpu(index, size) for index, size in enumerate(sizes)]
+        least = [
+            Problem(
+                layout=layout_of(config, devices, head_first=each),
+                objective="latency",
+                classes=tuple(range(len(sizes))),
+            )
+            .closest(asked)
+            .shortfall_bytes
+            for each in (False, True)
+        ]
+        assert lacks == min(least)
+        compared += 1
+        first_is_closer += least[1] < least[0]
+    assert compared > 30
+    assert first_is_closer > 5
+
+
+@pytest.mark.parametrize("name", ["max_batch_size", "max_seq_len", "max_num_batched_tokens"])
+@pytest.mark.parametrize("method", ["exact", "first-fit", "manual"])
+def test_a_demand_beyond_all_machines_is_refused(method: str, name: str) -> None:
+    devices = [gpu(0, GIB), cpu(GIB), disk(GIB)]
+    for value in (10**14, 10**30):
+        asked = demand(**{"max_model_len": 10**30, name: value}, fixed=frozenset({name}))
+        for cache in (None, 10**40):
+            changed = Demand(**{**vars(asked), "kv_cache_memory_bytes": cache})
+            with pytest.raises(PlanError):
+                place(LAYERS, devices, changed, method=method, allow_disk=True)
+
+
 def test_too_many_different_gpus_keep_their_order_and_a_note_says_so() -> None:
     devices = [gpu(index, (40 + index) * MIB, bandwidth=1e12 + index) for index in range(12)]
     placement = place(LAYERS, devices)

@@ -3,6 +3,7 @@
 import json
 import random
 import time
+from collections.abc import Callable
 from itertools import combinations
 from typing import Any
 
@@ -400,6 +401,29 @@ def test_a_model_length_that_the_user_set_is_what_there_must_be_room_for() -> No
         place(config, gpus(12 * MIB), asked)
 
 
+def test_a_length_of_one_sequence_that_the_user_set_counts_and_not_the_models() -> None:
+    config = small_config()
+    both = frozenset({"max_model_len", "max_seq_len"})
+    asked = demand(max_model_len=8192, max_seq_len=64, max_num_seqs=1, max_num_batched_tokens=16, fixed=both)
+    placement = place(config, gpus(12 * MIB), asked)
+    assert placement.demand == asked
+    assert 64 <= placement.longest_context < 8192
+    only_model = Demand(**{**vars(asked), "fixed": frozenset({"max_model_len"})})
+    with pytest.raises(PlanError, match="one sequence of 8192 tokens"):
+        place(config, gpus(12 * MIB), only_model)
+
+
+def test_there_are_never_fewer_sequences_than_the_batch_that_there_must_be_room_for() -> None:
+    config = small_config(vocab_size=30_000)
+    fixed = frozenset({"max_batch_size"})
+    asked = demand(max_num_seqs=256, max_model_len=64, max_batch_size=12, fixed=fixed)
+    few_tokens = Demand(**{**vars(asked), "max_seq_len": 16, "max_num_batched_tokens": 16, "max_num_seqs": 12})
+    placement = place(config, gpus(smallest_that_fits(config, few_tokens)), asked)
+    assert placement.demand.max_num_seqs == 12
+    with pytest.raises(PlanError, match="12 sequences of 16 tokens, max_num_batched_tokens 16 and max_num_seqs 12"):
+        place(config, gpus(MIB), asked)
+
+
 # -- refusals ---------------------------------------------------------------------------------------------------------
 
 
@@ -474,6 +498,26 @@ def test_a_refusal_names_other_layers_and_shares_where_they_would_fit() -> None:
     config = small_config(vocab_size=100_000)
     lines = refusal(config, gpus(330 * MIB, 275 * MIB), asked, tp_size=2)
     assert "  - shares in proportion to the devices' memory (auto) would fit" in lines
+
+
+@pytest.mark.parametrize("make", [gpu, lambda index, size: cpu(size, node="ab"[index])])
+@pytest.mark.parametrize("name", ["max_batch_size", "max_seq_len", "max_num_batched_tokens"])
+@pytest.mark.parametrize("value", [10**14, 10**30])
+def test_a_demand_beyond_all_machines_is_refused(make: Callable[..., Device], name: str, value: int) -> None:
+    asked = demand(**{"max_model_len": 10**30, name: value}, fixed=frozenset({name}))
+    devices = [make(index, GIB) for index in range(2)]
+    for options in ({"tp_size": 2}, {"pp_size": 2}):
+        for cache in (None, 10**40):
+            with pytest.raises(PlanError, match="does not fit"):
+                place(small_config(), devices, Demand(**{**vars(asked), "kv_cache_memory_bytes": cache}), **options)
+
+
+def test_shares_by_memory_are_not_tried_on_devices_that_have_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*args: Any, **options: Any) -> None:
+        raise AssertionError("shares by memory of equal devices are even ones")
+
+    monkeypatch.setattr("tpdist.plan.layouts.shares_by_memory", refused)
+    assert any("does not fit" in line for line in refusal(small_config(), gpus(MIB, MIB), tp_size=2))
 
 
 def test_a_cache_that_may_not_be_large_enough_is_told_from_a_lack_of_room() -> None:

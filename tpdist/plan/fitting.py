@@ -3,14 +3,14 @@
 The demand is taken as it is; what shrinks of it where nothing fits is said in shrinking.py.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tpdist.plan.cache_budgets import cache_of, only_cpus
-from tpdist.plan.cuts import NEVER, MachineRule, Rank, Tried, best_by_blocks, best_by_machine, overflow_of_runs
+from tpdist.plan.cuts import NEVER, Goal, MachineRule, Rank, Tried, best_by_blocks, best_by_machine, overflow_of_runs
 from tpdist.plan.placement import Demand, Objective
 from tpdist.plan.places import Layout, Need
 from tpdist.plan.search import (
@@ -22,9 +22,6 @@ from tpdist.plan.search import (
     split_in_order,
 )
 from tpdist.plan.shards import Interval
-
-Search = Callable[[Costs, NDArray[np.bool_]], Tried | None]
-"""From what runs overflow by, and which may be taken, to the best cut of those; None if there is none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +92,14 @@ class Problem:
             rank = self._rank(found)
             return Tried(found, rank, NEVER if self._lacks(found, demand) > 0 else rank)
 
-        return self._least(demand, search, only_fitting=True)
+        after = np.array([[transfers[place, place + 1]] for place in range(len(transfers) - 1)] + [[0.0]])
+        goal = Goal(
+            search=search,
+            values=lambda overflow: np.where(overflow <= 0, seconds + after[:, :, None], np.inf),
+            largest=self.objective == "throughput",
+            only_fitting=True,
+        )
+        return self._least(demand, goal)
 
     def closest(self, demand: Demand) -> Fit:
         """The best cut of those that fit, or else the one of which the fullest device lacks least."""
@@ -110,27 +114,30 @@ class Problem:
                 return None
             return Tried(found, (found.slowest,), (float(self._lacks(found, demand)),))
 
-        closest = self._least(demand, search, only_fitting=False)
+        goal = Goal(search=search, values=lambda overflow: np.maximum(overflow, 0), largest=True, only_fitting=False)
+        closest = self._least(demand, goal)
         assert closest is not None, "every layout has a cut if memory does not matter"
         return closest
 
-    def _least(self, demand: Demand, search: Search, *, only_fitting: bool) -> Fit | None:
-        """The cut of least rank that `search` finds, with the rule that its cache follows."""
-        tried = self._tried(demand, search, only_fitting=only_fitting)
+    def _least(self, demand: Demand, goal: Goal) -> Fit | None:
+        """The best cut with the rule that its cache follows."""
+        tried = self._tried(demand, goal)
         return None if tried is None or tried.rank == NEVER else self.settle(tried.found, demand)
 
-    def _tried(self, demand: Demand, search: Search, *, only_fitting: bool) -> Tried | None:
+    def _tried(self, demand: Demand, goal: Goal) -> Tried | None:
         if self.fixed is not None:
             shape = (len(self.layout.places), *(self.layout.model.num_layers + 1,) * 2)
-            return search(np.zeros(shape), np.ones(shape, dtype=bool))
+            return goal.search(np.zeros(shape), np.ones(shape, dtype=bool))
         if self.layout.mode == "ranks" and demand.kv_cache_memory_bytes is not None:
-            return best_by_blocks(self.layout, demand, search)
+            return best_by_blocks(self.layout, demand, goal)
         overflow = overflow_of_runs(self.layout, demand)
-        allowed = overflow <= 0 if only_fitting else np.ones(overflow.shape, dtype=bool)
+        allowed = overflow <= 0 if goal.only_fitting else np.ones(overflow.shape, dtype=bool)
         if self.layout.mode == "devices" or not only_cpus(self.layout):
-            return search(overflow, allowed)
-        rule = MachineRule.of(self.layout, demand)
-        return best_by_machine(allowed, lambda allowed: search(np.maximum(overflow, rule.overflow(allowed)), allowed))
+            return goal.search(overflow, allowed)
+        rule = MachineRule(self.layout, demand)
+        return best_by_machine(
+            allowed, lambda allowed: goal.search(np.maximum(overflow, rule.overflow(allowed)), allowed)
+        )
 
     def _rank(self, found: Found) -> Rank:
         """By the rule for ties of search.py."""
