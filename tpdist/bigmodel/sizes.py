@@ -4,7 +4,6 @@ Names and results are Accelerate's. Sizes are keyed by dotted name, "" for the w
 under several names counts at the first. Knows no device.
 """
 
-import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -193,8 +192,3 @@ def get_module_leaves(module_sizes: Mapping[str, int]) -> list[str]:
     """The names that are no other name's parent, without the root."""
     parents = {name.rpartition(".")[0] for name in module_sizes if "." in name}
     return [name for name in module_sizes if name and name not in parents]
-
-
-def whole_bytes(size: float) -> int:
-    """A size that holds fractions of bytes, rounded up."""
-    return math.ceil(size)
