@@ -10,7 +10,7 @@ from clusters import SETTINGS, fingerprint_of, gpus, register_of
 from plans import small_config
 
 from tpdist.control.layout import make_layout, node_sizes
-from tpdist.control.messages import StageAssign
+from tpdist.control.messages import DeviceInfo, StageAssign
 from tpdist.control.placing import max_model_len
 from tpdist.control.route import addresses_towards, interface_of, is_link_local, is_loopback, without_zone
 from tpdist.control.state import Layout, NodeFacts, name_of
@@ -146,6 +146,20 @@ def test_what_is_not_explicit_shrinks_and_the_ranks_hear_of_it() -> None:
     assert shrunk["max_num_batched_tokens"] < SETTINGS["max_num_batched_tokens"]
     with pytest.raises(PlanError, match="lacks"):
         layout(tight, max_num_batched_tokens=2048, max_num_seqs=256, max_seq_len=4096, max_model_len=512)
+
+
+def test_a_single_rank_whose_gpu_is_too_small_has_layers_on_the_cpu_too() -> None:
+    small = DeviceInfo(kind="cuda", index=0, name="H", total_bytes=739_000_000, free_bytes=739_000_000)
+    asked = {"max_model_len": 64, "max_num_seqs": 1, "max_num_batched_tokens": 16, "gpu_memory_utilization": 1.0}
+    made = layout(node(probe={"devices": (small,)}), device="auto", **asked)
+    assert made.plan["method"] == "exact"
+    (assign,) = made.assigns
+    assert (assign.world_size, assign.stages) == (1, (StageAssign(start=0, stop=3, shares=(1,)),))
+    assert len(assign.item_devices) == 5
+    assert "cpu" in assign.item_devices
+    assert any("on cpu, which is slower" in note for note in made.plan["notes"])
+    with pytest.raises(PlanError, match="does not fit: cuda:"):
+        layout(node(probe={"devices": (small, small)}), device="auto", **{**asked, "kv_cache_memory_bytes": 1 << 40})
 
 
 def test_a_longer_sequence_than_the_model_supports_is_refused_with_both_numbers() -> None:

@@ -15,11 +15,11 @@ from tpdist.cli.plan_devices import Found, find_devices
 from tpdist.cli.plan_model import PlannedModel, read_model
 from tpdist.cli.plan_output import print_plan
 from tpdist.cli.plan_picture import draw
-from tpdist.control.placing import demand_of, place_layers, place_ranks
+from tpdist.control.placing import demand_of, place
 from tpdist.errors import JoinError, SettingsError
 from tpdist.node import one_process_of
 from tpdist.plan.costs import vision_bytes
-from tpdist.plan.placement import Placement
+from tpdist.plan.placement import Inventory, Placement
 from tpdist.settings import Settings
 
 EXAMPLES = (
@@ -76,7 +76,7 @@ def plan(
     planned = read_model(model, settings)
     try:
         found = find_devices(settings, text=devices, path=inventory)
-        placement = place(planned, found, settings)
+        placement = placed(planned, found, settings)
     except JoinError as error:
         # The nodes are what was asked for here: sizes that do not go with them are wrong usage.
         raise SettingsError(str(error)) from error
@@ -85,21 +85,31 @@ def plan(
     else:
         print_plan(placement, planned.facts, full=show_all)
     if svg is not None:
-        _write(svg, draw(placement, inventory=found.inventory, facts=planned.facts))
+        _write(svg, draw(placement, inventory=_inventory_of(placement, found), facts=planned.facts))
 
 
-def place(model: PlannedModel, found: Found, settings: Settings) -> Placement:
+def placed(model: PlannedModel, found: Found, settings: Settings) -> Placement:
     """What the planner says, with the notes of those who read model and devices. Raises PlanError."""
     asked, config, weights = settings.shared(), model.config, model.weights
     demand = demand_of(config, asked, dtype=model.dtype, explicit=settings.model_fields_set)
     extra_bytes, extra_activation_bytes = (0, 0) if model.tower is None else vision_bytes(model.tower, demand)
-    extra = {"first_extra_bytes": extra_bytes, "first_extra_activation_bytes": extra_activation_bytes}
-    one_process = one_process_of(settings)
-    if one_process is None:
-        placement = place_ranks(config, weights, found.inventory, demand, asked, **extra)
-    else:
-        placement = place_layers(config, weights, found.inventory, demand, one_process, **extra)
+    placement = place(
+        config,
+        weights,
+        demand,
+        asked,
+        ranks=found.inventory,
+        process=found.process,
+        one_process=one_process_of(settings),
+        first_extra_bytes=extra_bytes,
+        first_extra_activation_bytes=extra_activation_bytes,
+    )
     return replace(placement, notes=(*model.notes, *found.notes, *placement.notes))
+
+
+def _inventory_of(placement: Placement, found: Found) -> Inventory:
+    """The devices that were used: those of ranks, or of a process."""
+    return found.inventory if placement.method == "ranks" or found.process is None else found.process
 
 
 def _check_folder(file: Path) -> None:

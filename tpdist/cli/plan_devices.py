@@ -23,9 +23,11 @@ from tpdist.settings import Role, Settings
 
 @dataclass(frozen=True)
 class Found:
-    """The devices to plan for, in the order of ranks. `notes`: what was taken for granted, a sentence each."""
+    """The devices to plan for, in the order of ranks. `process`: all devices of the node's process, if there is one
+    process only. `notes`: what was taken for granted, a sentence each."""
 
     inventory: Inventory
+    process: Inventory | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -36,7 +38,8 @@ def find_devices(settings: Settings, *, text: str | None, path: Path | None) -> 
         raise SettingsError("--devices and --inventory both say which devices there are; give one of them")
     found = _written(settings, text=text, path=path)
     if settings.one_process:
-        return replace(found, inventory=_for_one_process(found.inventory, settings))
+        process = _for_one_process(found.inventory, settings)
+        return replace(found, inventory=process, process=process)
     return _for_ranks(found, settings)
 
 
@@ -59,7 +62,7 @@ def _like_this_one(settings: Settings, report: ProbeReport) -> Found:
     workers = [f"worker{index}" for index in range(settings.head_num_workers or 0)]
     devices = [device for name in (report.hostname, *workers) for device in probed_devices(report, node=name)]
     notes = [f"the {len(workers)} worker nodes are taken to be like this one; --inventory FILE names others"]
-    return Found(make_inventory(devices), tuple(notes if workers else ()))
+    return Found(make_inventory(devices), notes=tuple(notes if workers else ()))
 
 
 # -- ranks ------------------------------------------------------------------------------------------------------------
@@ -78,7 +81,12 @@ def _for_ranks(found: Found, settings: Settings) -> Found:
     sizes = _rank_counts(settings, [len(mine) if kind == "cuda" else None for mine in own])
     notes = [note for mine, size in zip(own, sizes, strict=True) for note in _sharing(mine, size)]
     devices = [device for mine, size in zip(own, sizes, strict=True) for device in rank_devices(mine, size)]
-    return Found(replace(found.inventory, devices=tuple(devices)), (*found.notes, *notes))
+    alone = len(devices) == 1 and kind == "cuda"
+    return Found(
+        replace(found.inventory, devices=tuple(devices)),
+        process=_for_one_process(found.inventory, settings) if alone else None,
+        notes=(*found.notes, *notes),
+    )
 
 
 def _by_node(inventory: Inventory) -> list[list[Device]]:

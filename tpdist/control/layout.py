@@ -13,10 +13,10 @@ from tpdist.control.placing import (
     OneProcess,
     demand_of,
     item_devices,
-    place_layers,
-    place_ranks,
+    place,
     process_inventory,
     ranks_inventory,
+    spare_inventory,
 )
 from tpdist.control.route import LOOPBACK, is_link_local, is_loopback, without_zone
 from tpdist.control.state import Layout, NodeFacts
@@ -55,12 +55,16 @@ def make_layout(
     stages = settings["pipeline_parallel_size"] or 1
     sizes = node_sizes(nodes, device=device, global_world_size=global_world_size, stages=stages)
     demand = demand_of(config, settings, dtype=dtype, explicit=explicit)
-    if one_process is None:
-        inventory = ranks_inventory(nodes, sizes, device=device)
-        placement = place_ranks(config, weights, inventory, demand, settings)
-    else:
-        inventory = process_inventory(nodes[0], device=device, asked=one_process)
-        placement = place_layers(config, weights, inventory, demand, one_process)
+    asked = one_process and process_inventory(nodes[0], device=device, asked=one_process)
+    placement = place(
+        config,
+        weights,
+        demand,
+        settings,
+        ranks=ranks_inventory(nodes, sizes, device=device),
+        process=asked or spare_inventory(nodes, sizes, device=device),
+        one_process=one_process,
+    )
     shrunk = {name: getattr(placement.demand, name) for name in SHRINKING}
     head = _head_address(nodes, local_interface)
     threads = _threads(nodes, sizes)
@@ -74,7 +78,7 @@ def make_layout(
             world_size=sum(sizes),
             tp_size=placement.tp_size,
             stages=_stages(config, placement),
-            item_devices=() if one_process is None else item_devices(placement),
+            item_devices=() if placement.method == "ranks" else item_devices(placement),
             most_blocks=placement.extra["num_blocks"],
             backend=_backend(nodes, sizes, device),
             threads=threads[index],

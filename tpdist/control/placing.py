@@ -36,6 +36,10 @@ class OneProcess:
     gpu_memory_utilization: float = 0.9
 
 
+ALONE = OneProcess(placement="exact", device_layers=None, device_map=None, max_memory=None, disk=False)
+"""What a single rank asks of the devices of its process when its own is too small."""
+
+
 def node_name(key: Key) -> str:
     """A node as /v1/cluster calls it."""
     return "head" if key is None else f"worker-{key}"
@@ -58,6 +62,36 @@ def demand_of(config: ModelConfig, settings: Mapping[str, Any], *, dtype: str, e
     asked["dtype"] = dtype
     asked["max_model_len"] = max_model_len(config, settings["max_model_len"])
     return Demand(**asked, fixed=frozenset(names.intersection(explicit)))
+
+
+def place(
+    config: ModelConfig,
+    weights: Weights,
+    demand: Demand,
+    settings: Mapping[str, Any],
+    *,
+    ranks: Inventory,
+    process: Inventory | None,
+    one_process: OneProcess | None,
+    first_extra_bytes: int = 0,
+    first_extra_activation_bytes: int = 0,
+) -> Placement:
+    """Ranks on the devices of `ranks`, or what was asked of `one_process` over those of `process`. A single rank on a
+    GPU that cannot hold the model has the other devices of its process too: then the layers go there as they would with
+    MISTRALRS_NO_NCCL=1. Raises SettingsError, PlanError or JoinError."""
+    extra = {"first_extra_bytes": first_extra_bytes, "first_extra_activation_bytes": first_extra_activation_bytes}
+    if one_process is not None:
+        assert process is not None, "one process has devices"
+        return place_layers(config, weights, process, demand, one_process, **extra)
+    try:
+        return place_ranks(config, weights, ranks, demand, settings, **extra)
+    except PlanError as refusal:
+        if process is None:
+            raise
+        try:
+            return place_layers(config, weights, process, demand, ALONE, **extra)
+        except PlanError:
+            raise refusal from None
 
 
 def place_ranks(
@@ -147,6 +181,13 @@ def ranks_inventory(nodes: Sequence[NodeFacts], sizes: Sequence[int], *, device:
         own = [each for each in found if each.kind == device]
         devices += rank_devices(own, size, ranks_on_machine=ranks[probe.host_id])
     return make_inventory(devices)
+
+
+def spare_inventory(nodes: Sequence[NodeFacts], sizes: Sequence[int], *, device: str) -> Inventory | None:
+    """All devices of the process of a single rank, where those are more than its own GPU."""
+    if sum(sizes) > 1 or device != "cuda":
+        return None
+    return process_inventory(nodes[0], device=device, asked=ALONE)
 
 
 def process_inventory(node: NodeFacts, *, device: str, asked: OneProcess) -> Inventory:
