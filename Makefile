@@ -25,7 +25,7 @@ demo: $(INSTALLED) ## serve the built-in tiny model from two nodes on this machi
 test: $(INSTALLED) ## run all tests
 	$(BIN)/pytest
 
-check: $(INSTALLED) ## format, lint, types and the fast tests, in about a minute
+check: $(INSTALLED) ## format, lint, types and the fast tests, in some three minutes
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy

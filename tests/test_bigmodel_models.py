@@ -19,6 +19,8 @@ from tpdist.bigmodel import (
     load_checkpoint_and_dispatch,
 )
 
+pytestmark = pytest.mark.slow
+
 PROMPT = torch.tensor([[5, 7, 11, 13], [2, 3, 4, 6]])
 NUM_TOKENS = 8
 

@@ -27,6 +27,8 @@ from tpdist.bigmodel import (
     infer_auto_device_map,
 )
 
+pytestmark = pytest.mark.slow
+
 NUM_CASES = 400
 
 

@@ -24,10 +24,10 @@ GREEDY = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True)
 TWO = Cut((2, 3), ((1,), (1,)))
 CUTS = [
     TWO,
-    Cut((1, 4), ((1, 1), (1, 1))),
     *(
         pytest.param(cut, marks=pytest.mark.slow)
         for cut in [
+            Cut((1, 4), ((1, 1), (1, 1))),
             Cut((4, 1), ((1,), (1,))),
             Cut((2, 1, 2), ((1,), (1,), (1,))),
             Cut((3, 2), ((1, 3), (2, 1))),

@@ -166,6 +166,7 @@ def best_of_all(layout: Layout, asked: Demand, objective: Objective) -> float:
     return best
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", ["latency", "throughput"])
 def test_an_exact_placement_is_the_best_of_all_orders_and_cuts(objective: Objective) -> None:
     rng = random.Random(7)
