@@ -13,13 +13,12 @@ from tpdist.control.placing import (
     OneProcess,
     demand_of,
     item_devices,
-    node_name,
     place_layers,
     place_ranks,
     process_inventory,
     ranks_inventory,
 )
-from tpdist.control.state import Key, NodeFacts, name_of
+from tpdist.control.state import Key, NodeFacts, name_of, node_id
 from tpdist.errors import JoinError, PlanError, SettingsError
 from tpdist.plan.decoder_weights import decoder_weights
 from tpdist.plan.placement import Demand, Device, Placement
@@ -135,7 +134,7 @@ def test_five_ranks_of_a_model_with_four_heads_are_five_stages_and_the_note_says
 
 
 def test_nodes_are_called_as_in_the_cluster_state() -> None:
-    assert [node_name(key) for key in (None, 0, 12)] == ["head", "worker-0", "worker-12"]
+    assert [node_id(key) for key in (None, 0, 12)] == ["head", "worker-0", "worker-12"]
 
 
 def test_ranks_are_in_the_order_of_nodes() -> None:

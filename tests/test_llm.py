@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
 from checkpoints import make_checkpoint, reference_tokens
@@ -19,7 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from tpdist import LLM, SamplingParams
 from tpdist.errors import CheckpointError, LostError, PlanError, RequestError, SettingsError
 
-pytestmark = [pytest.mark.e2e, pytest.mark.slow]
+pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.usefixtures("nothing_left_behind")]
 
 NUM_TOKENS = 10
 CONTEXT = 128
@@ -39,19 +38,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def expected(model: Path) -> list[list[int]]:
     return reference_tokens(model, PROMPTS, NUM_TOKENS)
-
-
-@pytest.fixture(autouse=True)
-def _nothing_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No child process, and no run folder, outlives its LLM."""
-    for name in [name for name in os.environ if name.startswith(("TPDIST_", "MISTRALRS_"))]:
-        monkeypatch.delenv(name)
-    before = set(psutil.Process().children(recursive=True))
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    yield
-    left = set(psutil.Process().children(recursive=True)) - before
-    assert not [child for child in left if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
-    assert not list(tmp_path.glob("tpdist-*"))
 
 
 @pytest.fixture(scope="module")

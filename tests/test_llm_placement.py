@@ -7,14 +7,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 from checkpoints import make_checkpoint, reference_tokens
 
 from tpdist import LLM, SamplingParams
 from tpdist.errors import CheckpointError, LostError, PlanError, SettingsError
 
-pytestmark = [pytest.mark.e2e, pytest.mark.slow]
+pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.usefixtures("nothing_left_behind")]
 
 NUM_TOKENS = 8
 NUM_LAYERS = 6
@@ -60,19 +59,6 @@ def tied(tmp_path_factory: pytest.TempPathFactory) -> Path:
         num_attention_heads=12,
         head_dim=20,
     )
-
-
-@pytest.fixture(autouse=True)
-def _nothing_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No child process, and no run folder, outlives its LLM."""
-    for name in [name for name in os.environ if name.startswith(("TPDIST_", "MISTRALRS_"))]:
-        monkeypatch.delenv(name)
-    before = set(psutil.Process().children(recursive=True))
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    yield
-    left = set(psutil.Process().children(recursive=True)) - before
-    assert not [child for child in left if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
-    assert not list(tmp_path.glob("tpdist-*"))
 
 
 @pytest.fixture

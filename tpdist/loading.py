@@ -47,8 +47,9 @@ def load(
     for spec in weights.specs:
         if spec.parameter in mapped:
             _use_mapped(model, spec.parameter, mapped_tensor(index.tensors[spec.name], _dtype_of(model)))
-    resident = [each for each in weights.specs if not each.parameter.startswith(streamed)]
-    resident = [each for each in resident if each.parameter not in mapped]
+    resident = [
+        spec for spec in weights.specs if not spec.parameter.startswith(streamed) and spec.parameter not in mapped
+    ]
     read = load_weights(
         model,
         index=index,

@@ -80,12 +80,12 @@ def plan(
     except JoinError as error:
         # The nodes are what was asked for here: sizes that do not go with them are wrong usage.
         raise SettingsError(str(error)) from error
+    if svg is not None:
+        _write(svg, draw(placement, inventory=_inventory_of(placement, found), facts=planned.facts))
     if as_json:
         click.echo(msgspec.json.encode({**placement.as_dict(), "model": asdict(planned.facts)}))
     else:
         print_plan(placement, planned.facts, full=show_all)
-    if svg is not None:
-        _write(svg, draw(placement, inventory=_inventory_of(placement, found), facts=planned.facts))
 
 
 def placed(model: PlannedModel, found: Found, settings: Settings) -> Placement:

@@ -3,7 +3,6 @@
 The head calls this once per epoch, before anything starts; whatever cannot work is refused here with all numbers.
 """
 
-from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +14,7 @@ from tpdist.control.placing import (
     item_devices,
     place,
     process_inventory,
+    ranks_by_machine,
     ranks_inventory,
     spare_inventory,
 )
@@ -133,21 +133,14 @@ def _backend(nodes: Sequence[NodeFacts], sizes: Sequence[int], device: str) -> s
 
     Nodes on one machine are taken to see the same GPUs: if theirs are different ones, gloo is slow but right.
     """
-    ranks = _ranks_by_machine(nodes, sizes)
+    ranks = ranks_by_machine(nodes, sizes)
     shared = any(len(node.fingerprint.probe.devices) < ranks[node.fingerprint.probe.host_id] for node in nodes)
     return "nccl" if device == "cuda" and not shared else "gloo"
 
 
-def _ranks_by_machine(nodes: Sequence[NodeFacts], sizes: Sequence[int]) -> Counter[str]:
-    ranks: Counter[str] = Counter()
-    for node, size in zip(nodes, sizes, strict=True):
-        ranks[node.fingerprint.probe.host_id] += size
-    return ranks
-
-
 def _threads(nodes: Sequence[NodeFacts], sizes: Sequence[int]) -> list[int]:
     """CPU threads of each rank on each node; nodes on one machine share its CPUs evenly."""
-    ranks = _ranks_by_machine(nodes, sizes)
+    ranks = ranks_by_machine(nodes, sizes)
     probes = [node.fingerprint.probe for node in nodes]
     return [max(1, probe.num_cpus // ranks[probe.host_id]) for probe in probes]
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 from tpdist.control.devices import probed_devices, process_devices, rank_devices
-from tpdist.control.state import Key, NodeFacts
+from tpdist.control.state import NodeFacts, node_id
 from tpdist.errors import PlanError
 from tpdist.plan.device_layers import parse_device_layers
 from tpdist.plan.device_map import MappedLayers, mapped_layers
@@ -38,11 +38,6 @@ class OneProcess:
 
 ALONE = OneProcess(placement="exact", device_layers=None, device_map=None, max_memory=None, disk=False)
 """What a single rank asks of the devices of its process when its own is too small."""
-
-
-def node_name(key: Key) -> str:
-    """A node as /v1/cluster calls it."""
-    return "head" if key is None else f"worker-{key}"
 
 
 def max_model_len(config: ModelConfig, asked: int | None) -> int:
@@ -169,15 +164,21 @@ def item_devices(placement: Placement) -> tuple[str, ...]:
     return (embedding, *(name for interval, name in layers for _ in range(interval.size)), output)
 
 
-def ranks_inventory(nodes: Sequence[NodeFacts], sizes: Sequence[int], *, device: str) -> Inventory:
-    """A device for each rank, in their order. Nodes on one machine share its memory."""
+def ranks_by_machine(nodes: Sequence[NodeFacts], sizes: Sequence[int]) -> Counter[str]:
+    """By machine, the ranks of all nodes that stand on it."""
     ranks: Counter[str] = Counter()
     for node, size in zip(nodes, sizes, strict=True):
         ranks[node.fingerprint.probe.host_id] += size
+    return ranks
+
+
+def ranks_inventory(nodes: Sequence[NodeFacts], sizes: Sequence[int], *, device: str) -> Inventory:
+    """A device for each rank, in their order. Nodes on one machine share its memory."""
+    ranks = ranks_by_machine(nodes, sizes)
     devices: list[Device] = []
     for node, size in zip(nodes, sizes, strict=True):
         probe = node.fingerprint.probe
-        found = probed_devices(probe, node=node_name(node.register.worker_id))
+        found = probed_devices(probe, node=node_id(node.register.worker_id))
         own = [each for each in found if each.kind == device]
         devices += rank_devices(own, size, ranks_on_machine=ranks[probe.host_id])
     return make_inventory(devices)
@@ -192,7 +193,7 @@ def spare_inventory(nodes: Sequence[NodeFacts], sizes: Sequence[int], *, device:
 
 def process_inventory(node: NodeFacts, *, device: str, asked: OneProcess) -> Inventory:
     """All devices of one node's process, of which the GPUs count unless the ranks are to run on the CPU."""
-    found = probed_devices(node.fingerprint.probe, node=node_name(node.register.worker_id))
+    found = probed_devices(node.fingerprint.probe, node=node_id(node.register.worker_id))
     return make_inventory(
         process_devices(
             found,

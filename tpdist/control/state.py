@@ -126,6 +126,11 @@ def name_of(key: Key) -> str:
     return "head" if key is None else f"worker {key}"
 
 
+def node_id(key: Key) -> str:
+    """A node as /v1/cluster calls it."""
+    return "head" if key is None else f"worker-{key}"
+
+
 def where(register: Register) -> str:
     """A node as error messages name it."""
     return f"{name_of(register.worker_id)} ({register.hostname}, pid {register.pid})"

@@ -1,7 +1,7 @@
 """The cluster as people and other nodes see it: /v1/cluster, `tpdist status`, /readyz. Pure."""
 
 from tpdist.control.messages import ClusterState, EngineStats, NodeView, RankUpdate, RankView
-from tpdist.control.state import Node, State
+from tpdist.control.state import Node, State, node_id
 from tpdist.errors import InterruptedByUser
 
 
@@ -37,7 +37,7 @@ def _node_view(state: State, node: Node, now: float) -> NodeView:
     key = node.register.worker_id
     first_rank = state.assign_of(key).first_rank if state.layout else 0
     return NodeView(
-        node_id="head" if key is None else f"worker-{key}",
+        node_id=node_id(key),
         role="head" if key is None else "worker",
         host=node.register.hostname,
         pid=node.register.pid,
