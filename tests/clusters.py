@@ -114,7 +114,7 @@ def assigns_of(sizes: Sequence[int]) -> tuple[Assign, ...]:
             head_host="127.0.0.1",
             bind_host="127.0.0.1",
             load_timeout_s=60,
-            hang_timeout_s=60,
+            collective_timeout_s=60,
             store_port=0,
             max_model_len=512,
             settings=SETTINGS,
@@ -128,7 +128,7 @@ def plan_one_rank_each(nodes: Sequence[NodeFacts]) -> Layout:
 
 
 def rules_of(num_workers: int, **changes: Any) -> Rules:
-    """Rules with short deadlines: silence is 10 s, and a heartbeat is due each second."""
+    """Rules with short deadlines: silence is 10 s, and a heartbeat is due each second. Nothing is restarted."""
     rules = Rules(
         cluster_id="cluster",
         num_workers=num_workers,
@@ -142,6 +142,8 @@ def rules_of(num_workers: int, **changes: Any) -> Rules:
         node_lost_s=10,
         hang_timeout_s=60,
         shutdown_timeout_s=30,
+        max_restarts=0,
+        retry_timeout_s=60,
     )
     return replace(rules, **changes)
 

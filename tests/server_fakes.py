@@ -70,7 +70,7 @@ def ready_state(**changes: Any) -> ClusterState:
         "phase": "ready",
         "nodes": tuple(_node(index) for index in range(2)),
         "plan": {"world_size": 2, "tp_size": 2},
-        "restarts": (RestartView(epoch=2, cause="rank 1 on worker-0 was killed"),),
+        "restarts": (RestartView(epoch=2, cause="rank 1 on worker-0 was killed", reason="rank_lost", age_s=90),),
         "engine": EngineInfo(max_model_len=256, num_kv_blocks=16, block_size=8),
         "stats": EngineStats(num_requests_running=4, num_requests_waiting=5, kv_cache_usage=0.25, preemptions=6),
     }

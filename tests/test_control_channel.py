@@ -408,18 +408,16 @@ def test_keys_are_the_same_wherever_they_are_derived_and_differ_by_role_and_seed
     assert "secret" not in repr(KEYS)
 
 
-def test_a_key_file_is_read_and_others_who_may_read_it_are_complained_of(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_key_file_is_read_unless_others_may_read_it(tmp_path: Path) -> None:
     file = tmp_path / "key"
     file.write_text(bytes(range(32)).hex() + "\n")
-    file.chmod(0o600)
-    with caplog.at_level(logging.WARNING, logger="tpdist"):
+    for mode in (0o600, 0o400):
+        file.chmod(mode)
         assert ClusterKeys.read(file) == KEYS
-        assert not caplog.records
-        file.chmod(0o644)
-        assert ClusterKeys.read(file) == KEYS
-    assert "chmod 600" in caplog.text
+    for mode in (0o644, 0o640, 0o604, 0o602, 0o610):
+        file.chmod(mode)
+        with pytest.raises(SettingsError, match=f"has mode {mode:04o}.*chmod 600"):
+            ClusterKeys.read(file)
 
 
 @pytest.mark.parametrize(
@@ -438,6 +436,7 @@ def test_what_is_no_key_file_is_a_settings_error_that_keeps_the_secret(
 ) -> None:
     file = tmp_path / "key"
     if content is not None:
+        file.touch(mode=0o600)
         file.write_bytes(content)
     with pytest.raises(SettingsError, match=said) as caught:
         ClusterKeys.read(file)

@@ -46,7 +46,7 @@ def layout(*nodes: NodeFacts, world_size: int | None = None, **settings: Any) ->
         global_world_size=world_size,
         store_port=7,
         load_timeout_s=8,
-        hang_timeout_s=9,
+        collective_timeout_s=9,
         local_interface=HEAD_INTERFACES.get,
     )
 
@@ -64,7 +64,7 @@ def test_ranks_are_node_major_and_everybody_gets_the_same_plan() -> None:
     first = assigns[0]
     assert (first.world_size, first.tp_size) == (4, 4)
     assert first.stages == (StageAssign(start=0, stop=3, shares=(1, 1, 1, 1)),)
-    assert (first.store_port, first.load_timeout_s, first.hang_timeout_s, first.max_model_len) == (7, 8, 9, 512)
+    assert (first.store_port, first.load_timeout_s, first.collective_timeout_s, first.max_model_len) == (7, 8, 9, 512)
 
 
 def test_nothing_is_left_auto() -> None:

@@ -12,9 +12,10 @@ import pytest
 from clusters import fingerprint_of, register_of, rules_of
 from waiting import within
 
-from tpdist.control.agent import Joining, NodeAgent, Outcome
+from tpdist.control.agent import NodeAgent, Outcome
 from tpdist.control.channel import AsyncDealer, AsyncRouter, Codec
-from tpdist.control.coordinator import ENGINE_IDENTITY, HEARTBEAT_SUFFIX, Coordinator
+from tpdist.control.coordinator import ENGINE_IDENTITY, Coordinator
+from tpdist.control.head_link import HEARTBEAT_SUFFIX, Joining
 from tpdist.control.messages import (
     Abort,
     Assign,
@@ -29,7 +30,9 @@ from tpdist.control.messages import (
     Listening,
     Message,
     RankGone,
+    RankProgress,
     RankUpdate,
+    Rejoin,
     RequestFailed,
     Shutdown,
     StepOutputs,
@@ -55,6 +58,7 @@ class FakeSupervisor:
         self.assigns: list[Assign] = []
         self.connects: list[Connect] = []
         self.num_stops = 0
+        self.num_epochs_ended = 0
 
     async def start(self, assign: Assign) -> None:
         self.assigns.append(assign)
@@ -68,7 +72,13 @@ class FakeSupervisor:
     async def connect(self, connect: Connect) -> None:
         self.connects.append(connect)
 
-    async def stop(self, *, grace_s: float = 0) -> None:
+    def progress(self) -> tuple[RankProgress, ...]:
+        return ()
+
+    async def end_epoch(self, *, grace_s: float = 0) -> None:
+        self.num_epochs_ended += 1
+
+    async def close(self, *, grace_s: float = 0) -> None:
         self.num_stops += 1
 
 
@@ -115,20 +125,15 @@ class Node:
         changes = options.pop("register", {})
         fingerprint = options.pop("fingerprint", None) or self._fingerprint
         joining: dict[str, Any] = {
-            "instance": self.instance,
             "head": address,
-            "register": lambda: register_of(key, instance=self.instance, **changes),
-            "fingerprint": fingerprint,
+            "keys": None,
+            "register": lambda instance: register_of(key, instance=instance, **changes),
             "register_timeout_s": 10,
             "heartbeat_interval_s": BEAT_S,
             "node_lost_s": 1.5,
+            "comes_back": False,
         }
-        identity = self.instance.encode()
-        self.agent = NodeAgent(
-            control=AsyncDealer(address=address, identity=identity, codec=Codec()),
-            heartbeats=AsyncDealer(address=address, identity=identity + HEARTBEAT_SUFFIX, codec=Codec()),
-            joining=Joining(**{**joining, **options}),
-        )
+        self.agent = NodeAgent(Joining(**{**joining, **options}), fingerprint=fingerprint)
         self.ranks = FakeSupervisor(self.agent.report, silent=silent)
         self.task = asyncio.create_task(self.agent.run(cast(Supervisor, self.ranks)))
 
@@ -166,8 +171,8 @@ class Cluster:
         self.nodes.append(node)
         return node
 
-    async def engine(self) -> FakeEngine:
-        engine = FakeEngine(self.engine_address)
+    async def engine(self, *, epoch: int = 1) -> FakeEngine:
+        engine = FakeEngine(self.engine_address, epoch=epoch)
         self.closing.callback(engine.close)
         await engine.connected.wait()
         return engine
@@ -343,7 +348,7 @@ def test_a_second_instance_waits_and_takes_over_when_the_first_dies(tmp_path: Pa
     run(main())
 
 
-def test_a_silent_instance_that_was_replaced_ends_when_it_wakes(tmp_path: Path) -> None:
+def test_a_silent_instance_that_was_replaced_is_told_so_when_it_wakes(tmp_path: Path) -> None:
     async def main() -> None:
         async with cluster_of(tmp_path, num_workers=2, node_lost_s=0.5) as cluster:
             cluster.join(None)
@@ -355,10 +360,9 @@ def test_a_silent_instance_that_was_replaced_ends_when_it_wakes(tmp_path: Path) 
             second = cluster.join(0, instance="second")
             cluster.join(1)
             await second.agent.wait_ready()
-            while not isinstance(body := (await sleeper.receive()).body, Shutdown):
+            while not isinstance(body := (await sleeper.receive()).body, Rejoin):
                 pass
-            assert body.exit_code == 5
-            assert "took its place" in body.cause
+            assert "took its place" in body.reason
 
     run(main())
 
@@ -447,7 +451,7 @@ def test_a_stranger_is_not_served(tmp_path: Path) -> None:
             stranger = AsyncDealer(address=cluster.address, identity=b"stranger", codec=Codec())
             cluster.closing.callback(stranger.close)
             await stranger.send(request_of("r"))
-            assert isinstance((await stranger.receive()).body, Shutdown)
+            assert isinstance((await stranger.receive()).body, Rejoin)
             assert engine.requests.empty()
 
     run(main())
@@ -584,6 +588,107 @@ def test_a_loop_that_stood_still_takes_nobody_for_lost(tmp_path: Path) -> None:
             assert not cluster.task.done()
             assert not head.task.done()
             assert not worker.task.done()
+
+    run(main())
+
+
+def test_requests_without_output_go_on_in_the_next_epoch_and_the_others_fail(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with ready_cluster(tmp_path, max_restarts=3) as (cluster, engine, head, worker):
+            started, waiting = (
+                asyncio.create_task(tokens_of(head.agent.generate(request_of(name)))) for name in ("started", "waiting")
+            )
+            first, _ = [await engine.requests.get() for _ in range(2)]
+            assert first.request_id == "started"
+            await engine.answer(first, 5)
+            while head.agent.state().stats != STATS:
+                await asyncio.sleep(0.02)
+            engine.close()
+            cluster.closing.pop_all()
+            await worker.agent.report(RankGone(rank=1, exit_code=6, cause="was killed by SIGKILL"))
+            with pytest.raises(RequestError, match=r"lost a part of itself.*rank 1 on worker 0.*SIGKILL") as caught:
+                await started
+            assert caught.value.status == 503
+            second = await cluster.engine(epoch=2)
+            again = await second.requests.get()
+            assert again.request_id == "waiting"
+            await second.answer(again, 8, finish="stop")
+            assert await waiting == [8]
+            assert worker.ranks.num_epochs_ended == head.ranks.num_epochs_ended == 1
+            while worker.agent.state().retried != 1:
+                await asyncio.sleep(0.02)
+
+    run(main())
+
+
+def test_a_request_that_waits_for_a_recovery_that_does_not_come_fails_in_time(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with ready_cluster(tmp_path, max_restarts=3, retry_timeout_s=0.5) as (cluster, engine, head, worker):
+            stream = asyncio.create_task(tokens_of(head.agent.generate(request_of("r"))))
+            await engine.requests.get()
+            await worker.die()
+            cluster.nodes.remove(worker)
+            with pytest.raises(RequestError, match=r"did not recover within 0\.5 s: worker 0 .* was lost") as caught:
+                await stream
+            assert caught.value.status == 503
+            assert head.agent.state().state == "recovering"
+
+    run(main())
+
+
+def test_a_worker_that_loses_its_head_ends_its_ranks_and_joins_the_next_head(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with cluster_of(tmp_path, num_workers=1) as first:
+            first.join(None)
+            worker = first.join(0, comes_back=True)
+            await worker.agent.wait_ready()
+            engine = await first.engine()
+            stream = asyncio.create_task(tokens_of(worker.agent.generate(request_of("r"))))
+            await engine.requests.get()
+            first.nodes.remove(worker)
+        with pytest.raises(RequestError, match="lost its head") as caught:
+            await stream
+        assert caught.value.status == 503
+        assert worker.agent.state().state in ("recovering", "starting")
+        async with cluster_of(tmp_path, num_workers=1, cluster_id="second life") as second:
+            second.nodes.append(worker)
+            second.join(None)
+            await worker.agent.wait_ready()
+            assert worker.ranks.num_epochs_ended == 1
+            assert [assign.cluster_id for assign in worker.ranks.assigns] == ["cluster", "second life"]
+
+    run(main())
+
+
+def test_a_worker_whose_head_does_not_come_back_says_so(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with cluster_of(tmp_path, num_workers=1) as first:
+            first.join(None)
+            worker = first.join(0, comes_back=True, register_timeout_s=1)
+            await worker.agent.wait_ready()
+            first.nodes.remove(worker)
+        outcome = await worker.outcome()
+        worker.agent.close()
+        assert outcome.exit_code == 6
+        assert "closed its connection" in outcome.cause or "has not been heard" in outcome.cause
+        assert "did not come back within 1 s (TPDIST_REGISTER_TIMEOUT_S waits longer)" in outcome.cause
+
+    run(main())
+
+
+def test_a_standby_serves_its_clients_and_takes_a_lost_place(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with ready_cluster(tmp_path, max_restarts=3) as (cluster, engine, head, worker):
+            spare = cluster.join(None, register={"standby": True}, standby=True)
+            await spare.agent.wait_ready()
+            stream = asyncio.create_task(tokens_of(spare.agent.generate(request_of("r"))))
+            await engine.answer(await engine.requests.get(), 7, finish="stop")
+            assert await stream == [7]
+            await worker.die()
+            cluster.nodes.remove(worker)
+            while head.agent.state().epoch < 2 or head.agent.state().state != "ready":
+                await asyncio.sleep(0.02)
+            assert [assign.node_index for assign in spare.ranks.assigns] == [1]
 
     run(main())
 

@@ -17,8 +17,9 @@ import pytest
 from clusters import assigns_of
 from waiting import within
 
+from tpdist.control.child import describe_exit
 from tpdist.control.messages import Assign, Connect, Message, RankGone, RankUpdate
-from tpdist.control.supervisor import Supervisor, describe_exit, rank_environment
+from tpdist.control.supervisor import Supervisor, rank_environment
 
 DEADLINE_S = 20.0
 PARTS = """
@@ -84,6 +85,7 @@ class Node:
             "spawn": True,
             "report": self._report,
             "log_level": "INFO",
+            "log_format": "text",
             "trace_folder": None,
         }
         self.supervisor = Supervisor(**{**fields, **options})
@@ -114,7 +116,7 @@ async def ranks(folder: Path, program: str, *, size: int = 1, **options: Any) ->
         await node.supervisor.start(assign_of(size))
         yield node
     finally:
-        await node.supervisor.stop(grace_s=0.5)
+        await node.supervisor.close(grace_s=0.5)
 
 
 def assign_of(size: int) -> Assign:
@@ -284,7 +286,7 @@ def test_ranks_that_do_not_end_when_asked_are_killed(tmp_path: Path) -> None:
 def test_no_rank_is_started_once_the_node_ends(tmp_path: Path) -> None:
     async def main() -> None:
         node = Node(tmp_path, "time.sleep(600)")
-        await node.supervisor.stop(grace_s=0)
+        await node.supervisor.close(grace_s=0)
         await node.supervisor.start(assign_of(2))
         found = subprocess.run(["pgrep", "-f", str(tmp_path / "rank.py")], capture_output=True, text=True, check=False)
         assert found.stdout == ""
@@ -312,7 +314,7 @@ def test_a_rank_that_exists_already_gets_its_orders_when_they_come(tmp_path: Pat
         await asyncio.sleep(0.3)
         await node.supervisor.start(assign_of(2))
         assert await node.wait_for(RankUpdate) == RankUpdate(rank=3, pid=1, device="c", phase="start")
-        await node.supervisor.stop()
+        await node.supervisor.close()
         assert await child.wait() == 0
 
     run(main())

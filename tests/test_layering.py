@@ -96,6 +96,7 @@ ENVIRONMENT_READERS = (
     "cli/generate.py",
     "cli/bench.py",
     "cli/demo.py",
+    "cli/doctor.py",
 )
 
 # Modules named at run time: commands, the part of the probe that needs torch, and the lazy names of the package.
@@ -140,7 +141,18 @@ TORCH_FREE = (
     "bench/roofline.py",
     "bench/session.py",
     "preflight/cgroup.py",
+    "preflight/consult.py",
+    "preflight/crossing.py",
+    "preflight/doctor.py",
+    "preflight/examine.py",
+    "preflight/link.py",
+    "preflight/machine.py",
+    "preflight/machine_verdicts.py",
+    "preflight/model_files.py",
+    "preflight/orders.py",
     "preflight/probe.py",
+    "preflight/verdicts.py",
+    "preflight/words.py",
     "probe.py",
 )
 

@@ -25,6 +25,7 @@ from tpdist.parent import follow_parent
 from tpdist.plan.placement import Placement
 from tpdist.server.api import create_app
 from tpdist.server.http import HttpServer, bind, check_certificate
+from tpdist.server.open_files import set_open_file_limit
 from tpdist.server.tokenizer import Tokenizer, open_tokenizer
 from tpdist.settings import Role, Settings
 
@@ -50,6 +51,7 @@ async def serve(
     `run_dir` and `supervise` False come from torchrun, whose ranks look for their agent in that folder.
     """
     log.add_context(node=_node_name(settings))
+    set_open_file_limit()
     listener = bind(settings.host, settings.port)
     api_keys = read_api_keys(settings.api_key_file)
     check_certificate(settings.ssl_certfile, settings.ssl_keyfile)
@@ -126,17 +128,24 @@ async def _announce(
         return
     with contextlib.suppress(RequestError):
         await node.agent.wait_ready()
-        state = node.agent.state()
-        assert state.engine is not None
-        logger.info(
-            "ready: %d ranks, %d tokens in the KV cache, up to %d a sequence; try\n  curl %s/v1/models",
-            sum(len(each.ranks) for each in state.nodes),
-            state.engine.num_kv_blocks * state.engine.block_size,
-            state.engine.max_tokens,
-            url,
-        )
+        _say_ready(node.agent.state(), url)
         if on_ready is not None:
-            on_ready(state)
+            on_ready(node.agent.state())
+        while True:
+            await node.agent.wait_until(lambda state: state.state != "ready")
+            await node.agent.wait_ready()
+            logger.info("ready again, in epoch %d", node.agent.state().epoch)
+
+
+def _say_ready(state: ClusterState, url: str) -> None:
+    assert state.engine is not None
+    logger.info(
+        "ready: %d ranks, %d tokens in the KV cache, up to %d a sequence; try\n  curl %s/v1/models",
+        sum(len(each.ranks) for each in state.nodes),
+        state.engine.num_kv_blocks * state.engine.block_size,
+        state.engine.max_tokens,
+        url,
+    )
 
 
 def read_api_keys(path: Path | None) -> list[str]:
@@ -165,4 +174,6 @@ def _folder(given: Path | None) -> Iterator[Path]:
 def _node_name(settings: Settings) -> str:
     if settings.torchrun is not None:
         return f"group-{settings.torchrun.group_rank}"
+    if settings.standby:
+        return "standby"
     return "head" if settings.worker_id is None else f"worker-{settings.worker_id}"

@@ -65,7 +65,7 @@ def meet(
         tp_size=assign.tp_size,
         backend=assign.backend,
         store=store,
-        timeout_s=assign.hang_timeout_s,
+        timeout_s=assign.collective_timeout_s,
         device=device if assign.backend == "nccl" else None,
     )
     return Peers(group, store, plans, plan_link)

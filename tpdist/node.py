@@ -5,7 +5,6 @@
 
 import asyncio
 import contextlib
-import functools
 import logging
 import os
 import shutil
@@ -23,10 +22,11 @@ import msgspec
 
 from tpdist.checkpoint.index import CheckpointIndex, check_names, model_fingerprint
 from tpdist.checkpoint.resolve import resolve_model
-from tpdist.control.agent import Joining, NodeAgent, Outcome
-from tpdist.control.channel import AsyncDealer, AsyncRouter, ClusterKeys, Codec, tcp_address
+from tpdist.control.agent import NodeAgent, Outcome
+from tpdist.control.channel import AsyncRouter, ClusterKeys, Codec, tcp_address
 from tpdist.control.child import output_of_module
-from tpdist.control.coordinator import HEARTBEAT_SUFFIX, Coordinator
+from tpdist.control.coordinator import Coordinator
+from tpdist.control.head_link import Joining
 from tpdist.control.layout import make_layout
 from tpdist.control.messages import DrainRequest, Fingerprint, ProbeReport, RankUpdate, Register
 from tpdist.control.placing import OneProcess
@@ -43,6 +43,8 @@ from tpdist.settings import Settings
 logger = logging.getLogger(__name__)
 
 PROBE_TIMEOUT_S = 120.0
+# A rank that waits for one that hangs gives up after the head has had time to see which one it is.
+COLLECTIVE_HEARTBEATS = 10
 LOOPBACK = "127.0.0.1"
 MAX_SOCKET_PATH_BYTES = 107
 
@@ -86,7 +88,7 @@ async def open_model_later(model: str, *, revision: str | None) -> Model:
 class Node:
     """One node of a cluster. `model` may still be downloading: the node joins meanwhile. `environ` is what ranks
     inherit. `supervise` False: torchrun started the ranks. `on_plan` hears, on a head, what was planned before anything
-    starts."""
+    starts, and again when a later epoch is planned otherwise."""
 
     def __init__(
         self,
@@ -103,28 +105,23 @@ class Node:
         self._settings = settings
         self._model = model
         self._on_plan = on_plan
-        self._instance = uuid.uuid4().hex
+        self._planned: Placement | None = None
         self._keys = ClusterKeys.read(settings.key_file) if settings.key_file else None
         self._place = place_of(settings)
         self._run_dir = run_dir
-        self._coordinator = None if self._place.worker_id is not None else self._make_coordinator()
-        head = self._head_address()
-        dealer = functools.partial(AsyncDealer, address=head, keys=self._keys)
+        self._restarts = settings.max_restarts if supervise else 0
+        self._coordinator = self._make_coordinator() if self._place.is_head else None
         joining = Joining(
-            instance=self._instance,
-            head=head,
+            head=self._head_address(),
+            keys=self._keys,
             register=self._register,
-            fingerprint=self._fingerprint,
             register_timeout_s=settings.register_timeout_s,
             heartbeat_interval_s=settings.heartbeat_interval_s,
             node_lost_s=settings.node_lost_s,
+            comes_back=not self._place.is_head and self._restarts > 0,
+            standby=self._place.standby,
         )
-        self.agent = NodeAgent(
-            control=dealer(identity=self._instance.encode(), codec=Codec()),
-            heartbeats=dealer(identity=self._instance.encode() + HEARTBEAT_SUFFIX, codec=Codec()),
-            joining=joining,
-            on_rank_update=on_rank_update,
-        )
+        self.agent = NodeAgent(joining, fingerprint=self._fingerprint, on_rank_update=on_rank_update)
         self._supervisor = Supervisor(
             model=lambda: str(model.result().folder),
             key_file=settings.key_file,
@@ -133,6 +130,7 @@ class Node:
             environ=environ,
             threads=settings.threads,
             log_level=settings.log_level,
+            log_format=settings.log_format,
             trace_folder=settings.trace_folder,
             spawn=supervise,
             report=self.agent.report,
@@ -205,6 +203,8 @@ class Node:
             node_lost_s=settings.node_lost_s,
             hang_timeout_s=settings.hang_timeout_s,
             shutdown_timeout_s=settings.shutdown_timeout_s,
+            max_restarts=self._restarts,
+            retry_timeout_s=settings.retry_timeout_s,
         )
         self._engine_router = AsyncRouter(name="engine", codec=Codec())
         self._engine_router.bind(_engine_address(self._run_dir))
@@ -231,11 +231,12 @@ class Node:
             global_world_size=self._place.global_world_size,
             store_port=settings.store_port,
             load_timeout_s=settings.load_timeout_s,
-            hang_timeout_s=settings.hang_timeout_s,
+            collective_timeout_s=settings.hang_timeout_s + COLLECTIVE_HEARTBEATS * settings.heartbeat_interval_s,
             local_interface=interface_of,
         )
-        if self._on_plan is not None and layout.placement is not None:
+        if self._on_plan is not None and layout.placement not in (None, self._planned):
             self._on_plan(model, layout.placement)
+        self._planned = layout.placement
         return layout
 
     def _head_address(self) -> str:
@@ -243,8 +244,8 @@ class Node:
             return f"ipc://{self._run_dir}/control.sock"
         return tcp_address(*self._place.head)
 
-    def _register(self) -> Register:
-        """What this node says first. Raises JoinError without a route to the head, SettingsError when the control
+    def _register(self, instance: str) -> Register:
+        """What this node says first, under this instance id. Raises JoinError without a route to the head, SettingsError when the control
         plane would leave this machine without a key."""
         address = head_address = LOOPBACK
         if self._place.head is not None:
@@ -257,7 +258,7 @@ class Node:
                     "to the key that `tpdist keygen` made for the cluster (or TPDIST_INSECURE=1 on a trusted network)"
                 )
         return Register(
-            instance=self._instance,
+            instance=instance,
             worker_id=self._place.worker_id,
             hostname=os.uname().nodename,
             pid=os.getpid(),
@@ -266,12 +267,13 @@ class Node:
             interface=interface_of(address),
             global_world_size=self._place.global_world_size,
             local_world_size=self._place.local_world_size,
+            standby=self._place.standby,
         )
 
     async def _fingerprint(self) -> Fingerprint:
         report, model = await asyncio.gather(probe_in_child(), self._model)
         return Fingerprint(
-            instance=self._instance,
+            instance="",
             probe=report,
             model=dict(model.digests),
             explicit=self._settings.explicit(),

@@ -7,9 +7,12 @@ from tpdist.settings import HostPort, Role, Settings
 
 @dataclass(frozen=True)
 class Place:
-    """Where this node stands in its cluster, from variables or from torchrun."""
+    """Where this node stands in its cluster, from variables or from torchrun. A standby has no worker id, as the head
+    has none."""
 
     name: str
+    is_head: bool
+    standby: bool
     worker_id: int | None
     num_workers: int
     head: HostPort | None
@@ -26,8 +29,11 @@ def place_of(settings: Settings) -> Place:
         local_world_size = 1
     elif settings.role is Role.SINGLE:
         local_world_size = settings.world_size
+    is_head = settings.worker_id is None and not settings.standby
     return Place(
-        name="head" if settings.worker_id is None else f"worker {settings.worker_id}",
+        name="standby" if settings.standby else "head" if is_head else f"worker {settings.worker_id}",
+        is_head=is_head,
+        standby=settings.standby,
         worker_id=settings.worker_id,
         num_workers=settings.head_num_workers or 0,
         head=settings.head_address,
@@ -46,6 +52,8 @@ def _under_torchrun(settings: Settings) -> Place:
     is_head = run.group_rank == 0
     return Place(
         name="head" if is_head else f"worker {run.group_rank - 1}",
+        is_head=is_head,
+        standby=False,
         worker_id=None if is_head else run.group_rank - 1,
         num_workers=run.group_world_size - 1,
         head=None if is_head else HostPort(run.master_addr, control_port),

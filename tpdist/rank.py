@@ -35,6 +35,7 @@ from tpdist.control.messages import (
     StepPlan,
     StepResult,
 )
+from tpdist.control.progress import Watch
 from tpdist.engine.engine import Engine, LocalExecutor, PipelineExecutor
 from tpdist.engine.kv_cache import allocate
 from tpdist.engine.runner import Runner
@@ -46,8 +47,10 @@ from tpdist.meeting import MakeStore, expect, meet, plan_identity
 from tpdist.models import registry
 from tpdist.models.decoder import Decoder
 from tpdist.models.item_devices import ItemDevices, computing_device
+from tpdist.parallel.group import RankGroup
 from tpdist.parallel.pipeline import Alone, Pipe, ProcessPipe
 from tpdist.parallel.store import agree_minimum, wait_for_all
+from tpdist.parallel.watched import WatchedGroup
 from tpdist.plan.model_config import ModelConfig
 from tpdist.plan.shards import Interval, Partition
 from tpdist.plan.stages import Stage
@@ -56,7 +59,6 @@ logger = logging.getLogger(__name__)
 
 IDLE_POLL_S = 1.0
 PROGRESS_INTERVAL_S = 0.2
-STEP_REPORT_INTERVAL_S = 0.5
 WARM_UP_TOKENS = 8
 
 
@@ -73,7 +75,7 @@ class Rank:
         self._device = _device(start)
         self._update = RankUpdate(rank=start.rank, pid=os.getpid(), device=str(self._device), phase="start")
         self._next_report = 0.0
-        self._unreported = False
+        self._watch = Watch(Path(start.progress_file), local_rank=start.local_rank)
         self._results: deque[StepResult] = deque()
 
     def run(self) -> None:
@@ -81,13 +83,14 @@ class Rank:
         torch.set_num_threads(self._assign.threads)
         self._report(phase="connect")
         self._peers = meet(self._link, self._start, keys=self._keys, make_store=self._make_store, device=self._device)
+        self._group: RankGroup = WatchedGroup(self._peers.group, self._watch)
         config = registry.load_config(Path(self._start.model))
         mine = self._assign.stages[self._start.rank // self._assign.tp_size]
         partition = Partition(mine.shares)
         model = Decoder(
             config,
             partition=partition,
-            group=self._peers.group,
+            group=self._group,
             dtype=_dtype(self._settings["dtype"]),
             device=self._device,
             stage=Stage(Interval(mine.start, mine.stop), config.num_hidden_layers),
@@ -114,13 +117,13 @@ class Rank:
             config=config,
             folder=Path(self._start.model),
             partition=partition,
-            rank=self._peers.group.rank,
+            rank=self._group.rank,
             threads=max(2, self._assign.threads),
             progress=self._report_load,
         )
         seconds = time.monotonic() - started
         logger.info("read %.2f GB in %.1f s (%.2f GB/s)", read / 1e9, seconds, read / 1e9 / max(seconds, 1e-9))
-        self._report(phase="warmup")
+        self._report(phase="warmup", done=read, total=read, load_s=round(seconds, 3))
 
     def _warm_up(self, model: Decoder) -> tuple[Runner, int]:
         """Size the KV cache to what every rank can hold, and run once."""
@@ -143,9 +146,10 @@ class Rank:
         trace_folder = self._start.trace_folder
         runner = Runner(
             model,
-            group=self._peers.group,
+            group=self._group,
             pipe=self._open_pipe(model),
             trace=Trace(Path(trace_folder) if trace_folder else None, rank=self._start.rank),
+            watch=self._watch,
             cache=cache,
             max_num_seqs=settings["max_num_seqs"],
             max_model_len=assign.max_model_len,
@@ -161,7 +165,7 @@ class Rank:
     def _uses_graphs(self) -> bool:
         """A graph is of one device."""
         one_device = len(set(self._assign.item_devices)) <= 1
-        capturable = self._device.type == "cuda" and self._peers.group.capturable
+        capturable = self._device.type == "cuda" and self._group.capturable
         return capturable and one_device and not self._settings["enforce_eager"]
 
     def _open_pipe(self, model: Decoder) -> Pipe:
@@ -171,12 +175,13 @@ class Rank:
         return ProcessPipe(
             rank=self._start.rank,
             world_size=self._assign.world_size,
-            group=self._peers.group,
+            group=self._group,
             hidden_size=model.hidden_size,
             dtype=_dtype(self._settings["dtype"]),
             device=self._device,
             max_in_flight=num_stages,
-            timeout_s=self._assign.hang_timeout_s,
+            timeout_s=self._assign.collective_timeout_s,
+            watch=self._watch,
         )
 
     # -- loops --------------------------------------------------------------------------------------------------------
@@ -231,7 +236,6 @@ class Rank:
             if outputs is not None:
                 told = outputs.stats
                 requests.send(outputs)
-            self._report_step(runner.step)
 
     def _run_plans(self, runner: Runner) -> None:
         plan_link = self._peers.plan_link
@@ -243,13 +247,11 @@ class Rank:
                 result = runner.execute(envelope.body)
                 if result is not None:
                     plan_link.send(result)
-            self._report_step(runner.step)
 
     def _told_to_stop(self, links: Sequence[Dealer | Router], *, block: bool) -> bool:
         """Wait for a message if there is nothing to do, and look for the agent's RankStop."""
         if block:
-            until_report_s = max(0.0, self._next_report - time.monotonic())
-            wait_any(links, timeout_s=until_report_s if self._unreported else IDLE_POLL_S)
+            wait_any(links, timeout_s=IDLE_POLL_S)
         envelope = self._link.receive()
         return envelope is not None and isinstance(envelope.body, RankStop)
 
@@ -264,14 +266,6 @@ class Rank:
         if now >= self._next_report or done == total:
             self._next_report = now + PROGRESS_INTERVAL_S
             self._report(done=done, total=total)
-
-    def _report_step(self, step: int) -> None:
-        now = time.monotonic()
-        self._unreported = step != self._update.step
-        if self._unreported and now >= self._next_report:
-            self._unreported = False
-            self._next_report = now + STEP_REPORT_INTERVAL_S
-            self._report(step=step)
 
 
 def _arrived_results(plans: Router) -> Iterator[StepResult]:

@@ -15,6 +15,7 @@ from pydantic import ValidationError, field_validator
 from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource
 
 from tpdist.errors import SettingsError
+from tpdist.log import LogFormat
 from tpdist.settings_options import MAX_COUNT, nearest, option, options_of
 from tpdist.settings_placement import PlacementSettings
 from tpdist.settings_roles import AGENT_VARIABLE, MAX_PORT, HostPort, Role, Torchrun
@@ -144,7 +145,19 @@ class Settings(PlacementSettings):
         60, "Work without a finished step after which a rank hangs.", section="deadlines", metavar="S", gt=0
     )
     max_restarts: int = option(
-        3, "Most restarts of the ranks in an hour; this release ends instead.", section="deadlines", metavar="N", ge=0
+        3,
+        "Most restarts of the ranks in an hour; 0: the first lost rank or node ends the cluster, and a worker that "
+        "loses its head ends.",
+        section="deadlines",
+        metavar="N",
+        ge=0,
+    )
+    retry_timeout_s: float = option(
+        60,
+        "For the ranks to come back for a request that has produced nothing yet; then it fails.",
+        section="deadlines",
+        metavar="S",
+        ge=0,
     )
     shutdown_timeout_s: float = option(
         30, "For running requests to finish after SIGTERM.", section="deadlines", metavar="S", ge=0
@@ -155,6 +168,9 @@ class Settings(PlacementSettings):
     )
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = option(
         "INFO", "Least level that is logged.", section="general", metavar="DEBUG|INFO|WARNING|ERROR"
+    )
+    log_format: LogFormat = option(
+        "text", "json: one object a line, for programs.", section="general", metavar="text|json"
     )
     trace_folder: Path | None = option(
         None, "Folder for a file of each rank: when each part of each step ran.", section="general", metavar="FOLDER"
@@ -235,6 +251,13 @@ class Settings(PlacementSettings):
             yield f"TPDIST_TRACE_FOLDER={self.trace_folder}: no such folder"
         if self.key_file is not None:
             yield from _key_file_problems(self.key_file)
+
+
+def asked_log_format(flags: Mapping[str, object], *, environ: Mapping[str, str] | None = None) -> LogFormat:
+    """How settings that turn out to be wrong are to be reported."""
+    variables = os.environ if environ is None else environ
+    asked = flags.get("log_format") or variables.get("TPDIST_LOG_FORMAT")
+    return "json" if asked == "json" else "text"
 
 
 OPTIONS = options_of(Settings.model_fields)

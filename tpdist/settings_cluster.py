@@ -74,6 +74,12 @@ class ClusterSettings(BaseSettings):
         metavar="HOST:PORT",
         variables="MISTRALRS_MN_WORKER_SERVER_ADDR MISTRALRS_WORKER_SERVER_ADDR",
     )
+    standby: bool = option(
+        False,
+        "Be a worker without a place, that takes the place of a node that is lost.",
+        section="cluster",
+        metavar="",
+    )
     no_nccl: bool = option(
         False,
         "No tensor parallelism: place the layers over the devices of one process.",
@@ -136,7 +142,7 @@ class ClusterSettings(BaseSettings):
             return Role.TORCHRUN
         if self.head_num_workers is not None:
             return Role.HEAD
-        return Role.SINGLE if self.worker_id is None else Role.WORKER
+        return Role.WORKER if self.worker_id is not None or self.standby else Role.SINGLE
 
     @property
     def head_address(self) -> HostPort | None:
@@ -174,7 +180,9 @@ class ClusterSettings(BaseSettings):
 
     def _role_contradictions(self) -> Iterator[str]:
         head, worker = self._set_among(HEAD), self._set_among(WORKER)
-        if head and worker:
+        if self.standby:
+            yield from self._standby_contradictions(head)
+        elif head and worker:
             yield f"a node is either the head ({', '.join(head)}) or a worker ({', '.join(worker)}); unset one side"
         elif head:
             yield from self._missing("the head", head, ("global_world_size", *HEAD))
@@ -185,6 +193,13 @@ class ClusterSettings(BaseSettings):
                 f"{self._named('global_world_size')} means multi-node, but this node has no role: set "
                 f"{_variables(HEAD)} on the head, {_variables(WORKER)} on a worker"
             )
+
+    def _standby_contradictions(self, head: list[str]) -> Iterator[str]:
+        name = f"{CLUSTER_OPTIONS['standby'].variable}=1"
+        others = [*head, *self._set_among(("worker_id",))]
+        if others:
+            yield f"{name} makes this node a worker without a place, which contradicts {', '.join(others)}"
+        yield from self._missing("a standby", [name], ("global_world_size", "worker_server_addr"))
 
     def _missing(self, role: str, given: list[str], needed: tuple[str, ...]) -> Iterator[str]:
         missing = [name for name in needed if getattr(self, name) is None]

@@ -7,7 +7,6 @@ import argparse
 import logging
 import os
 import signal
-import traceback
 from typing import NoReturn
 
 import torch
@@ -55,7 +54,8 @@ def open_link(address: str, local_rank: int) -> Dealer:
 def run_rank(link: Dealer, start: RankStart, *, make_store: MakeStore) -> int:
     """Run one rank to its end, tell the agent how it ended, and return the exit code."""
     node = f"worker-{start.assign.node_index - 1}" if start.assign.node_index else "head"
-    log.configure(level=start.log_level, node=node, rank=start.rank, epoch=start.assign.epoch)
+    where = {"node": node, "rank": start.rank, "epoch": start.assign.epoch}
+    log.configure(level=start.log_level, log_format=start.log_format, **where)
     link.codec.epoch = start.assign.epoch
     try:
         Rank(link, start, make_store=make_store).run()
@@ -63,9 +63,8 @@ def run_rank(link: Dealer, start: RankStart, *, make_store: MakeStore) -> int:
         return 0
     except Exception as error:
         gone = describe(start.rank, error)
-        if gone.exit_code == TpdistError.exit_code:
-            traceback.print_exc()
-        logger.error("%s", gone.cause)
+        is_bug = gone.exit_code == TpdistError.exit_code
+        logger.error("%s", gone.cause, exc_info=is_bug)
         link.send(gone)
         return gone.exit_code
     return 0

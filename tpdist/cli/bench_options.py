@@ -78,7 +78,7 @@ def quiet(settings: Settings) -> Settings:
         raise SettingsError(f"`tpdist bench MODEL` cannot run as a {settings.role.value}; run `tpdist serve` there")
     if "log_level" in settings.model_fields_set:
         return settings
-    log.configure(level="WARNING")
+    log.configure(level="WARNING", log_format=settings.log_format)
     return settings.model_copy(update={"log_level": "WARNING"})
 
 

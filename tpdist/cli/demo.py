@@ -20,8 +20,8 @@ import click
 from rich.console import Console
 
 from tpdist import builtin
+from tpdist.cli.cluster_view import ranks_table
 from tpdist.cli.frame import command
-from tpdist.cli.status import ranks_table
 from tpdist.errors import TpdistError, error_for
 
 QUESTIONS = ("123+456=", "7+8=", "999+1=", "250+250=", "64+936=", "808+77=")

@@ -5,7 +5,6 @@ at once.
 """
 
 import importlib
-import sys
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from typing import Any
 
 import click
 
+from tpdist import log
 from tpdist.errors import InterruptedByUser, SettingsError, TpdistError
 from tpdist.settings_options import nearest
 
@@ -41,6 +41,7 @@ COMMANDS = {
     "plan": LazyCommand("tpdist.cli.plan:plan", "Show where a model would go, before anything is loaded."),
     "demo": LazyCommand("tpdist.cli.demo:demo", "Run the built-in tiny model over two nodes on this machine."),
     "bench": LazyCommand("tpdist.cli.bench:bench", "Measure latency and throughput under load."),
+    "doctor": LazyCommand("tpdist.cli.doctor:doctor", "Check this machine, and every link between the nodes."),
     "status": LazyCommand("tpdist.cli.status:status", "Show a cluster as its head sees it."),
     "probe": LazyCommand("tpdist.cli.probe:probe", "Show what this machine has: versions, devices, free memory."),
     "keygen": LazyCommand("tpdist.cli.keygen:keygen", "Make a cluster key."),
@@ -151,13 +152,11 @@ def run(argv: Sequence[str] | None = None) -> int:
     try:
         result = cli.main(args=argv, prog_name="tpdist", standalone_mode=False, obj=invocation)
     except Exception as error:
-        if invocation.debug:
-            traceback.print_exc()
-        return _report(error)
+        return _report(error, trace=traceback.format_exc() if invocation.debug else "")
     return result if isinstance(result, int) else 0
 
 
-def _report(error: Exception) -> int:
+def _report(error: Exception, *, trace: str) -> int:
     """Say on stderr what ended the command; return its exit code."""
     match error:
         case click.Abort() | InterruptedByUser():
@@ -173,5 +172,5 @@ def _report(error: Exception) -> int:
             what = f"internal error: {type(error).__name__}: {error}"
             message = f"{what}\nThis is a bug: please report it, with what the same command says with --debug"
             exit_code = INTERNAL_ERROR
-    print(f"error: {message}", file=sys.stderr)
+    log.show_error(message, exit_code=exit_code, traceback=trace)
     return exit_code

@@ -55,7 +55,7 @@ def generate(model: str, prompt: str, as_json: bool, settings: Settings, **sampl
         raise SettingsError(str(error)) from error
     if "log_level" not in settings.model_fields_set:
         settings = settings.model_copy(update={"log_level": "WARNING"})
-        log.configure(level=settings.log_level)
+        log.configure(level=settings.log_level, log_format=settings.log_format)
     outcome = asyncio.run(_generate(settings, model, prompt, chosen, as_json=as_json))
     if outcome.exit_code != 0:
         raise error_for(outcome.exit_code, outcome.cause)

@@ -12,7 +12,7 @@ import click
 
 from tpdist import log
 from tpdist.cli.frame import Invocation
-from tpdist.settings import OPTIONS, Settings
+from tpdist.settings import OPTIONS, Settings, asked_log_format
 from tpdist.settings_options import Option
 
 HEADINGS = {
@@ -69,8 +69,9 @@ def settings_options(*sections: str) -> Callable[[Callable[..., Any]], Callable[
 
 
 def _load(flags: dict[str, Any]) -> Settings:
+    log.configure(log_format=asked_log_format(flags))
     settings = Settings.load(flags)
-    log.configure(level=settings.log_level)
+    log.configure(level=settings.log_level, log_format=settings.log_format)
     for name, near in settings.unknown_variables:
         logger.warning("%s is set, but no option reads it; the nearest is %s", name, near)
     return settings

@@ -2,20 +2,23 @@
 
 import asyncio
 import importlib
+import logging
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
 
 import click
 import msgspec
 from rich.console import Console
 
+from tpdist import log
 from tpdist.cli.frame import command
 from tpdist.cli.options import settings_options
 from tpdist.cli.plan_model import facts_of
-from tpdist.cli.plan_output import compare, print_plan
+from tpdist.cli.plan_output import compare, headline, layout_line, print_plan
 from tpdist.cli.progress import LoadProgress
 from tpdist.control.messages import ClusterState
 from tpdist.errors import error_for
@@ -24,6 +27,8 @@ from tpdist.models import registry
 from tpdist.node import Model
 from tpdist.plan.placement import Placement
 from tpdist.settings import Settings
+
+logger = logging.getLogger(__name__)
 
 EXAMPLES = (
     "tpdist serve ./model",
@@ -72,6 +77,11 @@ def _show_plan(model: Model, placement: Placement) -> None:
     """What will run, as `tpdist plan` shows it, before anything starts."""
     weights = registry.weights(model.config)
     facts = facts_of(model.config, weights, name=str(model.folder), dtype=model.dtype)
+    if log.logs_json():
+        planned = msgspec.to_builtins({**placement.as_dict(), "model": asdict(facts)})
+        words = f"{headline(facts, placement)}; {layout_line(placement)}"
+        logger.info("%s", words, extra={"fields": {"plan": planned}})
+        return
     with _printing() as console:
         print_plan(placement, facts, console=console)
 
@@ -79,6 +89,10 @@ def _show_plan(model: Model, placement: Placement) -> None:
 def _show_measured(state: ClusterState) -> None:
     """Predicted and measured bytes side by side."""
     ranks = {rank.rank: msgspec.to_builtins(rank) for node in state.nodes for rank in node.ranks}
+    if log.logs_json():
+        measured = [{"rank": rank, **held} for rank, each in sorted(ranks.items()) for held in each["held"]]
+        logger.info("bytes that each rank holds", extra={"fields": {"measured": measured}})
+        return
     with _printing() as console:
         console.print(compare(state.plan, ranks))
         console.print()

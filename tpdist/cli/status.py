@@ -1,27 +1,34 @@
-"""`tpdist status`: ask any node of a cluster for what its head sees.
-
-Knows the shape of /v1/cluster, and reads it leniently, so that it can show a cluster of another release.
-"""
+"""`tpdist status`: the cluster as its head sees it, once or again and again, as a table or as JSON."""
 
 import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
-from typing import Any
-from urllib.error import HTTPError, URLError
-from urllib.request import Request, urlopen
+from time import localtime, monotonic, sleep, strftime
+from typing import Any, TypeVar
 
 import click
-from rich import box
-from rich.console import Console
-from rich.table import Table
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.text import Text
 
+from tpdist.cli.cluster_client import ClusterClient, Snapshot
+from tpdist.cli.cluster_view import cluster_view, silent_view
 from tpdist.cli.frame import command
-from tpdist.cli.sizes import size
-from tpdist.errors import JoinError, SettingsError
+from tpdist.errors import JoinError, SettingsError, TpdistError
 
-COLUMNS = ("node", "host", "seen", "rank", "device", "state", "step", "weights", "KV blocks")
+WATCH_INTERVAL_S = 2.0
+Answer = TypeVar("Answer", Snapshot, dict[str, Any])
+EXAMPLES = (
+    "tpdist status",
+    "tpdist status --url http://10.0.0.1:8000 --watch",
+    "tpdist status --json | jq .state",
+    "tpdist status --json --watch 10 >> cluster.jsonl",
+)
 
 
-@command(examples=("tpdist status", "tpdist status --url http://10.0.0.1:8000", "tpdist status --json | jq .state"))
+@command(examples=EXAMPLES)
 @click.option("--url", default="http://127.0.0.1:8000", show_default=True, help="HTTP address of any node.")
 @click.option(
     "--api-key-file",
@@ -29,19 +36,29 @@ COLUMNS = ("node", "host", "seen", "rank", "device", "state", "step", "weights",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="Bearer tokens, one a line; the first is used. [TPDIST_API_KEY_FILE]",
 )
-@click.option("--timeout-s", type=click.FloatRange(min=0.1), default=5.0, show_default=True, help="For the answer.")
-@click.option("--json", "as_json", is_flag=True, help="Print the answer as it came.")
-def status(url: str, api_key_file: Path | None, timeout_s: float, as_json: bool) -> None:
+@click.option("--timeout-s", type=click.FloatRange(min=0.1), default=5.0, show_default=True, help="For each answer.")
+@click.option(
+    "--watch",
+    "interval_s",
+    is_flag=False,
+    flag_value=WATCH_INTERVAL_S,
+    type=click.FloatRange(min=0.1),
+    metavar="[SECONDS]",
+    help=f"Ask again after SECONDS ({WATCH_INTERVAL_S:g}) and draw anew, until Ctrl-C, which ends with 0. A node that "
+    "does not answer is shown as such and asked again.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the answer as it came; with --watch each in a line.")
+def status(url: str, api_key_file: Path | None, timeout_s: float, interval_s: float | None, as_json: bool) -> None:
     """Show a cluster as its head sees it: nodes, ranks, their states, and why it restarted."""
-    cluster = _fetch(url.rstrip("/") + "/v1/cluster", token=_token(api_key_file), timeout_s=timeout_s)
-    if as_json:
-        click.echo(json.dumps(cluster))
-        return
-    console = Console()
-    console.print(f"{cluster['state']}, epoch {cluster.get('epoch')}, phase {cluster.get('phase')}", highlight=False)
-    console.print(ranks_table(cluster["nodes"]))
-    for restart in cluster.get("restarts", []):
-        console.print(f"epoch {restart.get('epoch')} ended: {restart.get('cause')}", highlight=False, markup=False)
+    client = ClusterClient(url=url.rstrip("/"), token=_token(api_key_file), timeout_s=timeout_s)
+    if interval_s is not None:
+        show = _print_events if as_json else _draw
+        with suppress(KeyboardInterrupt):  # this is how it ends
+            show(client, interval_s)
+    elif as_json:
+        click.echo(json.dumps(client.cluster()))
+    else:
+        Console(highlight=False).print(cluster_view(client.snapshot()))
 
 
 def _token(path: Path | None) -> str | None:
@@ -49,41 +66,51 @@ def _token(path: Path | None) -> str | None:
     return lines[0] if lines else None
 
 
-def _fetch(url: str, *, token: str | None, timeout_s: float) -> dict[str, Any]:
-    if not url.startswith(("http://", "https://")):
-        raise SettingsError(f"--url must start with http:// or https://, not be {url}")
-    request = Request(url, headers={"Authorization": f"Bearer {token}"} if token else {})
+def _draw(client: ClusterClient, interval_s: float) -> None:
+    """In place on a terminal, one below the other elsewhere."""
+    before: Snapshot | None = None
+    view: RenderableType | None = None
+    heard_s = monotonic()
+    with _drawing(Console(highlight=False)) as draw:
+        for answer in _answers(client.snapshot, interval_s):
+            if isinstance(answer, Snapshot):
+                view, before, heard_s = cluster_view(answer, before or answer), answer, monotonic()
+                shown = view
+            else:
+                shown = silent_view(str(answer), since_s=monotonic() - heard_s, last=view)
+            draw(Group(Text(strftime("%H:%M:%S", localtime()), style="dim"), shown))
+
+
+def _print_events(client: ClusterClient, interval_s: float) -> None:
+    for answer in _answers(client.cluster, interval_s):
+        event = answer if isinstance(answer, dict) else {"state": "unreachable", "error": str(answer)}
+        click.echo(json.dumps(event))
+
+
+def _answers(ask: Callable[[], Answer], interval_s: float) -> Iterator[Answer | TpdistError]:
+    """What `ask` returns, or the error of a node that does not answer, for ever. Raises SettingsError if it is asked in
+    the wrong way and never answered before."""
+    answered = False
+    while True:
+        answer = _try(ask)
+        if isinstance(answer, SettingsError) and not answered:
+            raise answer
+        answered = answered or not isinstance(answer, TpdistError)
+        yield answer
+        sleep(interval_s)
+
+
+def _try(ask: Callable[[], Answer]) -> Answer | TpdistError:
     try:
-        with urlopen(request, timeout=timeout_s) as response:
-            body = response.read()
-    except HTTPError as error:
-        hint = "; set --api-key-file" if error.code in (401, 403) else ""
-        raise SettingsError(f"{url} answered {error.code} {error.reason}{hint}") from error
-    except (URLError, OSError) as error:
-        reason = getattr(error, "reason", error)
-        raise JoinError(f"cannot reach {url}: {reason}; is `tpdist serve` running there, on this port?") from error
-    return _decode(body, url=url)
+        return ask()
+    except (JoinError, SettingsError) as error:
+        return error
 
 
-def _decode(body: bytes, *, url: str) -> dict[str, Any]:
-    try:
-        cluster = json.loads(body)
-    except ValueError as error:
-        raise SettingsError(f"{url} did not answer with JSON: not a tpdist server?") from error
-    if not isinstance(cluster, dict) or not {"state", "nodes"} <= set(cluster):
-        raise SettingsError(f"{url} answered with something else than a cluster: not a tpdist server?")
-    return cluster
-
-
-def ranks_table(nodes: list[dict[str, Any]]) -> Table:
-    """One line a rank, in at most 80 columns; a node without ranks shows its own state."""
-    table = Table(*COLUMNS, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    for node in nodes:
-        seen = f"{node.get('last_seen_s', 0):.1f} s ago"
-        of_node = [str(node.get(key, "-")) for key in ("node_id", "host")] + [seen]
-        for rank in node.get("ranks") or [{"state": node.get("state", "-")}]:
-            of_rank = [str(rank.get(key, "-")) for key in ("rank", "device", "state", "step")]
-            weights = size(rank["weight_bytes"]) if "weight_bytes" in rank else "-"
-            table.add_row(*of_node, *of_rank, weights, str(rank.get("kv_blocks", "-")))
-            of_node = [""] * len(of_node)
-    return table
+@contextmanager
+def _drawing(console: Console) -> Iterator[Callable[[RenderableType], None]]:
+    if console.is_terminal:
+        with Live(console=console, auto_refresh=False) as live:
+            yield partial(live.update, refresh=True)
+    else:
+        yield console.print

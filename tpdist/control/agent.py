@@ -1,47 +1,47 @@
 """One node's side of the control plane: joins the head, runs the node's ranks, and carries the node's requests.
 
 The head's own node runs the same agent, connected to its coordinator over ipc, so there is one code path. An agent
-holds no CUDA context and survives its ranks. It ends when the head says so, when the head has been silent for too
-long, or when it could not join in time.
+holds no CUDA context and survives its ranks. It ends when the head says so, or when it could not join in time; one
+that loses its head ends its ranks, so that no old epoch answers, and registers again.
 """
 
 import asyncio
-import contextlib
 import logging
-import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 
-from tpdist.control.channel import AsyncDealer
+from tpdist.control.channel import HeadLostError
+from tpdist.control.head_link import HeadLink, Joining
 from tpdist.control.messages import (
     Abort,
     Assign,
     ClusterState,
     Connect,
     DrainRequest,
+    EndEpoch,
+    Envelope,
+    EpochEnded,
     Fingerprint,
     Generate,
     Goodbye,
     Heartbeat,
     Message,
+    RankProgress,
     RankUpdate,
-    Register,
     RequestFailed,
     Shutdown,
     TokenOutput,
     Tokens,
-    Wait,
-    Welcome,
 )
 from tpdist.control.supervisor import STOP_GRACE_S, Supervisor
-from tpdist.errors import InterruptedByUser, JoinError, LostError, RequestError, TpdistError
+from tpdist.errors import InterruptedByUser, LostError, RequestError, TpdistError
 
 logger = logging.getLogger(__name__)
 
-FAREWELL_S = 5.0
+EPOCH_GRACE_S = 0.5
 STARTING = ClusterState(state="starting", reason="waiting for the head", epoch=0, phase="register", nodes=(), plan={})
 
 
@@ -53,54 +53,35 @@ class Outcome:
     cause: str
 
 
-@dataclass(frozen=True, kw_only=True)
-class Joining:
-    """What an agent says to join, and how long it waits. `register` is asked anew for every attempt, because names
-    and routes may come up late; it raises JoinError while there is no route."""
-
-    instance: str
-    head: str
-    register: Callable[[], Register]
-    fingerprint: Callable[[], Awaitable[Fingerprint]]
-    register_timeout_s: float
-    heartbeat_interval_s: float
-    node_lost_s: float
-
-
 class NodeAgent:
     """Also the EngineClient that the HTTP server and `LLM` talk to: state(), generate(), drain()."""
 
     def __init__(
         self,
-        *,
-        control: AsyncDealer,
-        heartbeats: AsyncDealer,
         joining: Joining,
+        *,
+        fingerprint: Callable[[], Awaitable[Fingerprint]],
         on_rank_update: Callable[[RankUpdate], None] | None = None,
     ) -> None:
-        self._control = control
-        self._heartbeats = heartbeats
         self._joining = joining
+        self._fingerprint = asyncio.ensure_future(fingerprint())
         self._on_rank_update = on_rank_update
         self._supervisor: Supervisor | None = None
         self._state = STARTING
         self._state_changed = asyncio.Event()
         self._streams: dict[str, asyncio.Queue[TokenOutput | RequestFailed]] = {}
-        self._welcomed = asyncio.Event()
-        self._last_heard = time.monotonic()
-        self._last_wait = ""
         self._abandoned = False
         self._outcome: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
         self._outcome.add_done_callback(lambda _: self._state_changed.set())
         self._tasks: set[asyncio.Task[None]] = set()
+        self._link = self._new_link()
 
     # -- life ---------------------------------------------------------------------------------------------------------
 
     async def run(self, supervisor: Supervisor) -> Outcome:
         """Join and serve until the end; afterwards the ranks are gone and the head has been told."""
         self._supervisor = supervisor
-        for work in (self._receive(), self._receive_heartbeats(), self._join(), self._beat()):
-            self._spawn(work)
+        self._spawn(self._stay_joined())
         outcome = Outcome(TpdistError.exit_code, "the agent failed")
         try:
             outcome = await self._outcome
@@ -111,23 +92,25 @@ class NodeAgent:
             outcome = Outcome(TpdistError.exit_code, f"internal error: {type(error).__name__}: {error}")
         finally:
             await self._end(outcome)
-        instance = self._joining.instance
-        await self._control.send(Goodbye(instance=instance, exit_code=outcome.exit_code, cause=outcome.cause))
+        await self._link.send(Goodbye(instance=self._link.instance, exit_code=outcome.exit_code, cause=outcome.cause))
         return outcome
 
     async def report(self, message: Message) -> None:
         """Pass what a rank says on to the head."""
         if isinstance(message, RankUpdate) and self._on_rank_update is not None:
             self._on_rank_update(message)
-        await self._control.send(message)
+        await self._link.send(message)
 
     def close(self) -> None:
-        self._control.close()
-        self._heartbeats.close()
+        self._link.close(linger=True)
 
     async def wait_ready(self) -> None:
         """Return once requests are served. Raises what ended the node if that comes first."""
-        while self._state.state != "ready" and not self._outcome.done():
+        await self.wait_until(lambda state: state.state == "ready")
+
+    async def wait_until(self, met: Callable[[ClusterState], bool]) -> None:
+        """Return once the state of the cluster is as asked for. Raises RequestError when the node ends first."""
+        while not met(self._state) and not self._outcome.done():
             self._state_changed.clear()
             await self._state_changed.wait()
         if self._outcome.done():
@@ -157,11 +140,10 @@ class NodeAgent:
         cause = outcome.cause
         name = "draining" if outcome.exit_code in (0, InterruptedByUser.exit_code) else "failed"
         self._state = msgspec.structs.replace(self._state, state=name, reason=cause)
-        for request_id, stream in self._streams.items():
-            message = f"the node ended while it worked on this request: {cause or 'it was shut down'}"
-            stream.put_nowait(RequestFailed(request_id=request_id, status=503, message=message))
+        self._fail_streams(f"the node ended while it worked on this request: {cause or 'it was shut down'}")
         assert self._supervisor is not None
-        await self._supervisor.stop(grace_s=0 if self._abandoned else STOP_GRACE_S)
+        await self._supervisor.close(grace_s=0 if self._abandoned else STOP_GRACE_S)
+        self._fingerprint.cancel()
         for task in list(self._tasks):
             task.cancel()
         if self._tasks:
@@ -169,75 +151,54 @@ class NodeAgent:
             for task in stuck:
                 logger.error("a task of the agent does not end: %s", task)
 
-    # -- joining and staying ------------------------------------------------------------------------------------------
+    # -- the head -----------------------------------------------------------------------------------------------------
 
-    async def _join(self) -> None:
-        """Register until the head welcomes this node, then tell it what this node is.
-
-        A node whose model is unusable joins all the same for a moment, so that the others learn why.
-        """
-        started = time.monotonic()
-        deadline = started + self._joining.register_timeout_s
-        fingerprint = asyncio.ensure_future(self._joining.fingerprint())
-        problem = ""
-        while not self._welcomed.is_set() and time.monotonic() < deadline:
-            try:
-                await self._control.send(await asyncio.to_thread(self._joining.register))
-            except JoinError as error:
-                problem = str(error)
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(self._joining.heartbeat_interval_s):
-                    await self._welcomed.wait()
-            if fingerprint.done() and fingerprint.exception():
-                deadline = min(deadline, started + FAREWELL_S)
-        if not self._welcomed.is_set() and not (fingerprint.done() and fingerprint.exception()):
-            fingerprint.cancel()
-            raise JoinError(self._join_problem(problem))
-        await self._control.send(await fingerprint)
-
-    def _join_problem(self, problem: str) -> str:
-        waited_s = self._joining.register_timeout_s
-        if self._last_wait:
-            return f"the head {self._joining.head} did not take this node within {waited_s:g} s: {self._last_wait}"
-        detail = f" ({problem})" if problem else ""
-        return (
-            f"no head answered at {self._joining.head} within {waited_s:g} s{detail}. Check that the head is started "
-            "with that MISTRALRS_MN_HEAD_PORT, that a firewall lets it through, and that all nodes have the same "
-            "TPDIST_KEY_FILE; TPDIST_REGISTER_TIMEOUT_S waits longer"
+    def _new_link(self, *, lost: str = "") -> HeadLink:
+        return HeadLink(
+            self._joining, fingerprint=self._fingerprint, handle=self._handle, progress=self._progress, lost=lost
         )
 
-    async def _beat(self) -> None:
-        """Say that this node lives, and notice when the head does not."""
-        await self._welcomed.wait()
-        interval_s = self._joining.heartbeat_interval_s
-        while True:
-            await self._heartbeats.send(Heartbeat(instance=self._joining.instance))
-            slept_at = time.monotonic()
-            await asyncio.sleep(interval_s)
-            if time.monotonic() - slept_at > 2 * interval_s:
-                # This process itself stood still: what the head sent meanwhile has not been read yet.
-                self._last_heard = time.monotonic()
-            silent_s = time.monotonic() - self._last_heard
-            if silent_s > self._joining.node_lost_s:
-                raise LostError(
-                    f"the head {self._joining.head} has not been heard for {silent_s:.1f} s "
-                    f"(TPDIST_NODE_LOST_S={self._joining.node_lost_s:g}); the ranks of this node were ended"
-                )
+    def _progress(self) -> tuple[RankProgress, ...]:
+        return () if self._supervisor is None else self._supervisor.progress()
 
-    async def _receive_heartbeats(self) -> None:
+    async def _stay_joined(self) -> None:
+        """Be with a head; with the next one when that is lost. Raises LostError if this node may not come back."""
         while True:
-            await self._heartbeats.receive()
-            self._last_heard = time.monotonic()
+            try:
+                await self._link.run()
+            except HeadLostError as error:
+                cause = str(error)
+            if not self._joining.comes_back:
+                raise LostError(f"{cause}; the ranks of this node were ended")
+            self._link.welcomed.clear()
+            await self._leave(cause)
+            self._link.close(linger=False)
+            self._link = self._new_link(lost=cause)
 
-    async def _receive(self) -> None:
-        while True:
-            envelope = await self._control.receive()
-            self._last_heard = time.monotonic()
-            await self._handle(envelope.body, epoch=envelope.epoch)
-
-    async def _handle(self, body: Message, *, epoch: int) -> None:
+    async def _leave(self, cause: str) -> None:
+        """No rank of this node works for a head that is lost, and nobody waits for its answers."""
+        logger.warning("%s; ending the ranks of this node and registering again", cause)
+        self._state = msgspec.structs.replace(STARTING, state="recovering", reason=cause, epoch=self._state.epoch)
+        self._state_changed.set()
+        self._fail_streams(f"this node lost its head while it worked on this request: {cause}")
         assert self._supervisor is not None
+        await self._supervisor.end_epoch(grace_s=EPOCH_GRACE_S)
+
+    async def _end_epoch(self, epoch: int, cause: str) -> None:
+        assert self._supervisor is not None
+        logger.info("ending the ranks of epoch %d: %s", epoch, cause.partition("\n")[0])
+        link = self._link
+        await self._supervisor.end_epoch(grace_s=EPOCH_GRACE_S)
+        if link is self._link:
+            await link.send(EpochEnded(instance=link.instance))
+
+    async def _handle(self, envelope: Envelope) -> None:
+        assert self._supervisor is not None
+        body, codec = envelope.body, self._link.codec
         match body:
+            case Heartbeat(stats=stats):
+                if stats is not None:
+                    self._state = msgspec.structs.replace(self._state, stats=stats)
             case Tokens(outputs=outputs):
                 for output in outputs:
                     self._to_stream(output.request_id, output)
@@ -246,23 +207,17 @@ class NodeAgent:
             case ClusterState():
                 self._state = body
                 self._state_changed.set()
-            case Welcome(cluster_id=cluster_id):
-                self._control.codec.cluster_id = cluster_id
-                self._heartbeats.codec.cluster_id = cluster_id
-                self._welcomed.set()
-            case Wait(reason=reason):
-                if reason != self._last_wait:
-                    logger.info("waiting to join: %s", reason)
-                self._last_wait = reason
-            case Assign() if body.epoch > self._control.codec.epoch:
-                self._control.codec.epoch = body.epoch
+            case Assign() if body.epoch > codec.epoch:
+                codec.epoch = body.epoch
                 await self._supervisor.start(body)
-            case Connect() if epoch == self._control.codec.epoch:
+            case Connect() if envelope.epoch == codec.epoch:
                 await self._supervisor.connect(body)
+            case EndEpoch(cause=cause) if envelope.epoch == codec.epoch:
+                self._spawn(self._end_epoch(envelope.epoch, cause))
             case Shutdown(exit_code=exit_code, cause=cause):
                 self._finish(exit_code, cause)
             case _:
-                logger.warning("unexpected %s of epoch %d from the head", type(body).__name__, epoch)
+                logger.warning("unexpected %s of epoch %d from the head", type(body).__name__, envelope.epoch)
 
     # -- requests -----------------------------------------------------------------------------------------------------
 
@@ -279,9 +234,9 @@ class NodeAgent:
             raise RequestError(f"the cluster is {self._state.state}: {self._state.reason}", status=503)
         stream: asyncio.Queue[TokenOutput | RequestFailed] = asyncio.Queue()
         self._streams[request.request_id] = stream
-        finished = False
+        link, finished = self._link, False
         try:
-            await self._control.send(request)
+            await link.send(request)
             while not finished:
                 output = await stream.get()
                 finished = isinstance(output, RequestFailed) or output.finish_reason is not None
@@ -290,15 +245,22 @@ class NodeAgent:
                 yield output
         finally:
             del self._streams[request.request_id]
-            if not finished:
-                await self._control.send(Abort(request_id=request.request_id))
+            if not finished and link is self._link:
+                await link.send(Abort(request_id=request.request_id))
 
     async def drain(self, request: DrainRequest) -> None:
-        """Ask the head to end the cluster; while nodes still gather, this one simply leaves."""
-        if self._welcomed.is_set() and self._state.phase != "register":
-            await self._control.send(request)
+        """Ask the head to end the cluster; while nodes still gather for the first time, or as long as this one has no
+        place, it simply leaves."""
+        gathering = self._state.phase == "register" and self._state.epoch == 0
+        has_place = self._link.codec.epoch > 0 or not self._joining.standby
+        if self._link.welcomed.is_set() and not gathering and has_place:
+            await self._link.send(request)
         else:
             self._finish(request.exit_code, request.reason)
+
+    def _fail_streams(self, message: str) -> None:
+        for request_id, stream in self._streams.items():
+            stream.put_nowait(RequestFailed(request_id=request_id, status=503, message=message))
 
     def _to_stream(self, request_id: str, output: TokenOutput | RequestFailed) -> None:
         stream = self._streams.get(request_id)

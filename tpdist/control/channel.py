@@ -20,6 +20,7 @@ import zmq.asyncio
 from zmq.auth.asyncio import AsyncioAuthenticator
 from zmq.auth.thread import ThreadAuthenticator
 from zmq.utils import z85
+from zmq.utils.monitor import parse_monitor_message
 
 from tpdist.control.codec import Codec, MalformedFrameError, OtherClusterError, OtherVersionError
 from tpdist.control.messages import MAX_MESSAGE_BYTES, Envelope, Message, Wait
@@ -31,6 +32,7 @@ __all__ = [
     "ClusterKeys",
     "Codec",
     "Dealer",
+    "HeadLostError",
     "PeerGoneError",
     "Router",
     "close_blocking_sockets",
@@ -43,6 +45,8 @@ logger = logging.getLogger(__name__)
 KEY_BYTES = 32
 OTHERS_MODE = 0o077
 LINGER_MS = 2000
+HANDSHAKE_MS = 10_000
+BACKLOG = 4096
 
 
 # -- keys -------------------------------------------------------------------------------------------------------------
@@ -65,7 +69,8 @@ class ClusterKeys:
 
     @classmethod
     def read(cls, path: Path) -> "ClusterKeys":
-        """Read a file made by `tpdist keygen`. Raises SettingsError when it does not hold a key."""
+        """Read a file made by `tpdist keygen`. Raises SettingsError when it does not hold a key, or others can read
+        it."""
         try:
             seed = bytes.fromhex(path.read_text(encoding="ascii").strip())
             mode = path.stat().st_mode
@@ -74,7 +79,7 @@ class ClusterKeys:
         if len(seed) != KEY_BYTES:
             raise SettingsError(f"{path} holds {len(seed)} bytes, a cluster key has {KEY_BYTES}; run `tpdist keygen`")
         if mode & OTHERS_MODE:
-            logger.warning("%s can be read by other users of this machine: chmod 600 it", path)
+            raise SettingsError(f"{path} has mode {mode & 0o7777:04o}, so that others can read it; chmod 600 it")
         return cls.from_seed(seed)
 
 
@@ -125,16 +130,26 @@ class _Complaints:
 
 
 def _prepare(zmq_socket: Any) -> None:
-    """Never block a sender; a peer that sends faster than we read is slowed down by TCP (zmq's receive limit)."""
+    """Never block a sender; a peer that sends faster than we read is slowed down by TCP (zmq's receive limit).
+
+    A connection whose other machine has gone without a word is closed by TCP's keepalive, after about a minute.
+    """
     zmq_socket.linger = LINGER_MS
     zmq_socket.maxmsgsize = MAX_MESSAGE_BYTES
     zmq_socket.sndhwm = 0
+    zmq_socket.tcp_keepalive = 1
+    zmq_socket.tcp_keepalive_idle = 30
+    zmq_socket.tcp_keepalive_intvl = 10
+    zmq_socket.tcp_keepalive_cnt = 3
 
 
 def _prepare_server(zmq_socket: Any, keys: ClusterKeys | None) -> None:
-    """A peer that comes again, under its own name, takes over from its broken connection."""
+    """A peer that comes again, under its own name, takes over from its broken connection. One that does not say who
+    it is in time is closed, and many that come at once wait their turn."""
     _prepare(zmq_socket)
     zmq_socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
+    zmq_socket.handshake_ivl = HANDSHAKE_MS
+    zmq_socket.backlog = BACKLOG
     if keys is not None:
         zmq_socket.curve_server = True
         zmq_socket.curve_secretkey = keys.head_secret
@@ -205,6 +220,29 @@ class PeerGoneError(LostError):
     """A message could not be sent because its receiver has gone. Seldom the first cause: the receiver has that."""
 
 
+class HeadLostError(LostError):
+    """The head is gone, or does not know this node any more. The node may register again."""
+
+
+class _Hangups:
+    """The closed connections of a socket, by their descriptors. Nobody asked, nothing is watched: the events of a
+    socket that are not read would block it in the end."""
+
+    def __init__(self, watched: Any) -> None:
+        self._watched = watched
+        self._events: Any = None
+
+    async def next(self) -> int:
+        if self._events is None:
+            self._events = self._watched.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        return int(parse_monitor_message(await self._events.recv_multipart())["value"])
+
+    def close(self) -> None:
+        if self._events is not None:
+            self._watched.disable_monitor()
+            self._events.close(0)
+
+
 class AsyncRouter:
     """The head's control socket, and an agent's socket for its ranks. Peers are told apart by their identity."""
 
@@ -213,6 +251,8 @@ class AsyncRouter:
         self._authenticator = _start_authenticator(AsyncioAuthenticator, self._context, keys) if keys else None
         self._socket = self._context.socket(zmq.ROUTER)
         _prepare_server(self._socket, keys)
+        self._hangups = _Hangups(self._socket)
+        self._connections: dict[int, bytes] = {}
         self._complaints = _Complaints(name)
         self.codec = codec
 
@@ -231,7 +271,9 @@ class AsyncRouter:
         A peer of another release or another cluster gets an answer, which tells it so: its own receive() raises.
         """
         while True:
-            identity, *frames = await self._socket.recv_multipart()
+            first, *parts = await self._socket.recv_multipart(copy=False)
+            identity, frames = first.bytes, [part.bytes for part in parts]
+            self._connections[first.get(zmq.SRCFD)] = identity
             try:
                 return identity, self.codec.decode(_only(frames))
             except (OtherVersionError, OtherClusterError) as error:
@@ -239,6 +281,13 @@ class AsyncRouter:
                 await self.send(identity, Wait(reason=str(error)))
             except MalformedFrameError as error:
                 self._complaints.add(identity.hex(), error)
+
+    async def next_hangup(self) -> bytes:
+        """The identity of the next peer whose connection has closed; one that has sent nothing has none. What it sent
+        before may still come, and it may connect again."""
+        while True:
+            if (identity := self._connections.pop(await self._hangups.next(), None)) is not None:
+                return identity
 
     async def send(self, identity: bytes, body: Message) -> None:
         """Queue a message for a peer; nothing happens if the peer is not connected."""
@@ -251,6 +300,7 @@ class AsyncRouter:
             await self._socket.send_multipart([identity, frame])
 
     def close(self) -> None:
+        self._hangups.close()
         _close(self._socket, self._context, self._authenticator)
 
 
@@ -260,14 +310,19 @@ class AsyncDealer:
     def __init__(self, *, address: str, identity: bytes, codec: Codec, keys: ClusterKeys | None = None) -> None:
         self._context = zmq.asyncio.Context()
         self._socket = self._context.socket(zmq.DEALER)
+        self._hangups = _Hangups(self._socket)
         self._complaints = _Complaints("node")
         self.address = address
         self.codec = codec
         _connect(self._socket, address, identity=identity, keys=keys)
 
+    async def hangup(self) -> None:
+        """Return when the connection has closed next. It connects again by itself."""
+        await self._hangups.next()
+
     async def receive(self) -> Envelope:
-        """The next well-formed message. Raises JoinError when the head speaks another protocol version, LostError
-        when it serves another cluster than the one that this node has joined."""
+        """The next well-formed message. Raises JoinError when the head speaks another protocol version,
+        HeadLostError when it serves another cluster than the one that this node has joined."""
         while True:
             frames = await self._socket.recv_multipart()
             try:
@@ -275,7 +330,7 @@ class AsyncDealer:
             except OtherVersionError as error:
                 raise JoinError(f"{self.address}: {error}; install the same tpdist release on all nodes") from error
             except OtherClusterError as error:
-                raise LostError(f"{self.address}: {error}; the head was started again") from error
+                raise HeadLostError(f"{self.address}: {error}; the head was started again") from error
             except MalformedFrameError as error:
                 self._complaints.add(self.address, error)
 
@@ -283,7 +338,11 @@ class AsyncDealer:
         """Queue a message; it leaves once the head can be reached."""
         await self._socket.send(self.codec.encode(body))
 
-    def close(self) -> None:
+    def close(self, *, linger: bool = True) -> None:
+        """Give what is queued LINGER_MS to leave, or drop it."""
+        self._hangups.close()
+        if not linger:
+            self._socket.linger = 0
         _close(self._socket, self._context, None)
 
 
@@ -391,5 +450,5 @@ def _close(zmq_socket: Any, context: Any, authenticator: _Authenticator | None) 
     """Block until what is queued has left, LINGER_MS at most; then the context goes."""
     if authenticator is not None:
         authenticator.stop()
-    zmq_socket.close(LINGER_MS)
+    zmq_socket.close()
     context.term()

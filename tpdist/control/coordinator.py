@@ -1,20 +1,24 @@
 """The head's side of the control plane: sockets and request routing around the pure membership function.
 
     ownership   who is in the cluster and how it ends    membership.State, changed by _apply alone
-                which node waits for which request       _origins, from Generate to its last token
-                when the engine last finished a step     _progress, from StepOutputs
+                which node waits for which request       _requests, from Generate to its last token
+                when the engine last said something      _progress, from StepOutputs
 
 Requests of all nodes, the head's own too, arrive here over the same socket, go on to rank 0, and their tokens go back
-to the node that asked.
+to the node that asked. When an epoch is aborted, those that have produced nothing wait for the next.
 """
 
 import asyncio
 import contextlib
 import logging
 import time
+from collections.abc import Iterable
+
+import msgspec
 
 from tpdist.control.channel import AsyncRouter
-from tpdist.control.events import Action, Event, Finish, Heard, Interrupt, Publish, Send, Tick
+from tpdist.control.events import Action, Event, Finish, Heard, HungUp, Interrupt, Publish, Send, Tick
+from tpdist.control.head_link import HEARTBEAT_SUFFIX
 from tpdist.control.membership import advance
 from tpdist.control.messages import (
     Abort,
@@ -30,14 +34,16 @@ from tpdist.control.messages import (
     TokenOutput,
     Tokens,
 )
+from tpdist.control.requests import Requests
 from tpdist.control.state import Rules, State
 from tpdist.control.view import view
 
 logger = logging.getLogger(__name__)
 
 ENGINE_IDENTITY = b"engine"
-HEARTBEAT_SUFFIX = b"/heartbeat"
+SERVING = ("ready", "draining")
 PUBLISH_S_PER_NODE = 0.001
+REFRESH_HEARTBEATS_PER_NODE = 1 / 32
 
 
 class Coordinator:
@@ -51,7 +57,7 @@ class Coordinator:
         self._rules = rules
         self._state = State(phase_since=time.monotonic())
         self._stats = EngineStats()
-        self._origins: dict[str, bytes] = {}
+        self._requests = Requests()
         self._progress = 0.0
         self._news = asyncio.Event()
         self._outcome: asyncio.Future[tuple[int, str]] = asyncio.get_running_loop().create_future()
@@ -59,7 +65,7 @@ class Coordinator:
 
     async def run(self) -> tuple[int, str]:
         """Serve until the cluster has ended; returns (exit code, cause)."""
-        works = (self._receive(), self._receive_outputs(), self._keep_time(), self._publish())
+        works = (self._receive(), self._receive_outputs(), self._watch(), self._keep_time(), self._publish())
         tasks = [asyncio.create_task(work) for work in works]
         for task in tasks:
             task.add_done_callback(self._fail_on_bug)
@@ -82,8 +88,12 @@ class Coordinator:
         interval_s = self._rules.heartbeat_interval_s / 2
         while True:
             await asyncio.sleep(interval_s)
-            stalled_s = time.monotonic() - self._progress if self._origins else 0.0
-            await self._apply(Tick(in_flight=len(self._origins), stalled_s=stalled_s))
+            now, running = time.monotonic(), self._requests.num_running
+            await self._apply(Tick(in_flight=running, stalled_s=now - self._progress if running else 0.0))
+            late = self._requests.overdue(now, self._rules.retry_timeout_s)
+            await self._fail(
+                late, f"the cluster did not recover within {self._rules.retry_timeout_s:g} s: {self._why()}"
+            )
 
     async def _receive(self) -> None:
         while True:
@@ -92,6 +102,13 @@ class Coordinator:
                 await self._from_heartbeat(identity, envelope)
             else:
                 await self._from_node(identity, envelope)
+
+    async def _watch(self) -> None:
+        """Closed connections: a node that was killed is known at once."""
+        while True:
+            identity = await self._router.next_hangup()
+            if identity.endswith(HEARTBEAT_SUFFIX):
+                await self._apply(HungUp(_name(identity.removesuffix(HEARTBEAT_SUFFIX))))
 
     async def _receive_outputs(self) -> None:
         while True:
@@ -102,8 +119,11 @@ class Coordinator:
         """Only members are answered: an instance that has lost its place must not believe that all is well."""
         instance = _name(identity.removesuffix(HEARTBEAT_SUFFIX))
         await self._apply(Heard(instance, envelope.body, epoch=envelope.epoch))
-        if instance in self._state.members:
-            await self._router.send(identity, Heartbeat(instance=self._rules.cluster_id))
+        if self._knows(instance):
+            await self._router.send(identity, Heartbeat(instance=self._rules.cluster_id, stats=self._stats))
+
+    def _knows(self, instance: str) -> bool:
+        return instance in self._state.members or instance in self._state.standbys
 
     # -- membership ---------------------------------------------------------------------------------------------------
 
@@ -114,10 +134,34 @@ class Coordinator:
         if self._state.phase != before.phase:
             took_s = self._state.phase_since - before.phase_since
             logger.info("phase %s took %.1f s, now %s", before.phase, took_s, self._state.phase)
-        if self._state.outcome is not None and before.outcome is None:
-            await self._fail_requests(self._state.outcome[1])
+            await self._phase_changed(before)
+        if self._state.members is not before.members:
+            for instance in before.members.keys() - self._state.members.keys():
+                await self._abort_requests_of(instance.encode())
         for action in actions:
             await self._act(action)
+
+    async def _phase_changed(self, before: State) -> None:
+        """Requests follow the engine: they fail or wait when it is gone, and go to the next when that is ready."""
+        if self._state.outcome is not None:
+            cause = self._state.outcome[1] or "it was shut down"
+            await self._fail(self._requests.clear(), f"the cluster ended while it worked on this request: {cause}")
+        elif before.phase in SERVING and self._state.phase not in SERVING:
+            lost = self._requests.end_epoch(time.monotonic())
+            self._stats = EngineStats()
+            await self._fail(lost, f"the cluster lost a part of itself while it worked on this request: {self._why()}")
+            logger.warning(
+                "epoch %d ended: %d requests failed, %d wait for the next: %s",
+                *(self._state.epoch, len(lost), self._requests.num_waiting, self._state.restarts[-1].failure.cause),
+            )
+        elif self._state.phase == "ready":
+            self._progress = time.monotonic()
+            for request in self._requests.resume():
+                await self._hand_over(request)
+
+    def _why(self) -> str:
+        """The first line: what a rank logged before it ended is for the log."""
+        return self._state.restarts[-1].failure.cause.partition("\n")[0] if self._state.restarts else ""
 
     async def _act(self, action: Action) -> None:
         match action:
@@ -130,22 +174,25 @@ class Coordinator:
                     self._outcome.set_result((exit_code, cause))
 
     async def _publish(self) -> None:
-        """Send the view to every node on news and with every heartbeat, the less often the more nodes there are, so
-        that the cost stays linear."""
+        """Send the view to every node on news, and now and then for steps and ages, the less often the more nodes
+        there are: its size grows with their number, and so does the number of its readers."""
         while True:
+            num_nodes = len(self._state.members) + len(self._state.standbys)
+            refresh_s = self._rules.heartbeat_interval_s * max(1.0, num_nodes * REFRESH_HEARTBEATS_PER_NODE)
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(self._rules.heartbeat_interval_s):
+                async with asyncio.timeout(refresh_s):
                     await self._news.wait()
             self._news.clear()
-            state = view(self._state, time.monotonic(), stats=self._stats)
-            await self._router.send_all([instance.encode() for instance in self._state.members], state)
-            await asyncio.sleep(len(self._state.members) * PUBLISH_S_PER_NODE)
+            state = view(self._state, time.monotonic(), stats=self._stats, retried=self._requests.num_retried)
+            everybody = (*self._state.members, *self._state.standbys)
+            await self._router.send_all([instance.encode() for instance in everybody], state)
+            await asyncio.sleep(num_nodes * PUBLISH_S_PER_NODE)
 
     # -- requests -----------------------------------------------------------------------------------------------------
 
     async def _from_node(self, identity: bytes, envelope: Envelope) -> None:
         instance = _name(identity)
-        if isinstance(envelope.body, Generate | Abort) and instance in self._state.members:
+        if isinstance(envelope.body, Generate | Abort) and self._knows(instance):
             await self._from_client(identity, envelope.body)
             return
         if isinstance(envelope.body, Goodbye):
@@ -153,40 +200,42 @@ class Coordinator:
         await self._apply(Heard(instance, envelope.body, epoch=envelope.epoch))
 
     async def _from_client(self, origin: bytes, body: Generate | Abort) -> None:
-        request_id = body.request_id
         if isinstance(body, Abort):
-            if self._origins.get(request_id) == origin:
-                del self._origins[request_id]
-                await self._engine.send(ENGINE_IDENTITY, body)
-            return
-        problem = None
-        if self._state.phase != "ready":
-            problem = 503, f"the cluster is not ready: phase {self._state.phase}"
-        elif request_id in self._origins:
-            problem = 400, f"request {request_id} is already running"
-        if problem is not None:
-            status, message = problem
-            await self._router.send(origin, RequestFailed(request_id=request_id, status=status, message=message))
-            return
-        if not self._origins:
-            self._progress = time.monotonic()
-        self._origins[request_id] = origin
-        await self._engine.send(ENGINE_IDENTITY, body)
+            if self._requests.origin_of(body.request_id) == origin:
+                await self._abort(body.request_id)
+        elif body.request_id in self._requests:
+            await self._fail([(body.request_id, origin)], f"request {body.request_id} is already running", status=400)
+        elif self._state.phase == "ready":
+            if not self._requests.num_running:
+                self._progress = time.monotonic()
+            self._requests.add(body, origin)
+            await self._hand_over(body)
+        elif self._state.outcome is None and self._state.restarts and self._state.phase not in SERVING:
+            # Its node had not heard yet that the cluster recovers.
+            self._requests.add_waiting(body, origin, time.monotonic())
+        else:
+            await self._fail([(body.request_id, origin)], f"the cluster is not ready: phase {self._state.phase}")
+
+    async def _hand_over(self, request: Generate) -> None:
+        """Rank 0 reads between two steps: how long a request waits for that is known by its stamp alone."""
+        await self._engine.send(ENGINE_IDENTITY, msgspec.structs.replace(request, handed_over_s=time.monotonic()))
+
+    async def _abort(self, request_id: str) -> None:
+        self._requests.remove(request_id)
+        await self._engine.send(ENGINE_IDENTITY, Abort(request_id=request_id))
 
     async def _abort_requests_of(self, origin: bytes) -> None:
-        for request_id in [key for key, value in self._origins.items() if value == origin]:
-            del self._origins[request_id]
-            await self._engine.send(ENGINE_IDENTITY, Abort(request_id=request_id))
+        for request_id in self._requests.of(origin):
+            await self._abort(request_id)
 
-    async def _fail_requests(self, cause: str) -> None:
-        message = f"the cluster ended while it worked on this request: {cause or 'it was shut down'}"
-        for request_id, origin in self._origins.items():
-            await self._router.send(origin, RequestFailed(request_id=request_id, status=503, message=message))
-        self._origins.clear()
+    async def _fail(self, requests: Iterable[tuple[str, bytes]], message: str, *, status: int = 503) -> None:
+        for request_id, origin in requests:
+            await self._router.send(origin, RequestFailed(request_id=request_id, status=status, message=message))
 
     async def _from_engine(self, envelope: Envelope) -> None:
-        if envelope.epoch != self._state.epoch:
-            logger.warning("dropped a message of the engine of epoch %d, now %d", envelope.epoch, self._state.epoch)
+        is_over = self._state.phase in ("recover", "register", "compare", "ended")
+        if envelope.epoch != self._state.epoch or is_over:
+            logger.debug("dropped a message of the engine of epoch %d, now %d", envelope.epoch, self._state.epoch)
             return
         body: Message = envelope.body
         match body:
@@ -197,7 +246,7 @@ class Coordinator:
             case Heartbeat():
                 await self._engine.send(ENGINE_IDENTITY, body)
             case RequestFailed(request_id=request_id):
-                if origin := self._origins.pop(request_id, None):
+                if origin := self._requests.remove(request_id):
                     await self._router.send(origin, body)
             case _:
                 logger.warning("unexpected %s from the engine", type(body).__name__)
@@ -205,12 +254,10 @@ class Coordinator:
     async def _deliver(self, outputs: tuple[TokenOutput, ...]) -> None:
         by_origin: dict[bytes, list[TokenOutput]] = {}
         for output in outputs:
-            origin = self._origins.get(output.request_id)
-            if origin is None:
-                continue
-            by_origin.setdefault(origin, []).append(output)
-            if output.finish_reason is not None:
-                del self._origins[output.request_id]
+            origin = self._requests.origin_of(output.request_id)
+            if origin is not None:
+                by_origin.setdefault(origin, []).append(output)
+                self._requests.delivered(output)
         for origin, mine in by_origin.items():
             await self._router.send(origin, Tokens(outputs=tuple(mine)))
 

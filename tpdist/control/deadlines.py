@@ -4,11 +4,16 @@ A node counts as silent only after the head has ticked a few times without heari
 (a suspended machine, a stalled event loop) thus reads what waits in its sockets before it calls anybody lost.
 """
 
+from collections.abc import Iterator
+
 from tpdist.control.events import Tick
 from tpdist.control.messages import RankUpdate
-from tpdist.control.state import RANK_PHASES, Key, Node, Rules, State, name_of
+from tpdist.control.state import RANK_PHASES, Failure, Key, Node, RankPace, Rules, State, name_of
+from tpdist.errors import LostError
 
 SILENT_TICKS = 4
+HANGUP_HEARTBEATS = 1.25
+ENDING_LIMIT_S = 20.0
 SECONDARY_GRACE_HEARTBEATS = 3
 MIN_SECONDARY_GRACE_S = 2.0
 MAX_LINES = 32
@@ -16,7 +21,7 @@ MAX_LINES = 32
 
 def expired(state: State, now: float, rules: Rules) -> str:
     """Why the current phase has taken too long, or nothing."""
-    if state.phase in ("ready", "draining", "ended"):
+    if state.phase in ("ready", "draining", "recover", "ended"):
         return ""
     limit_s, setting = _limit(state.phase, rules)
     if now - state.phase_since <= limit_s:
@@ -29,45 +34,85 @@ def expired(state: State, now: float, rules: Rules) -> str:
     return "\n".join([f"phase {state.phase} took longer than {limit_s:g} s ({setting} extends it)", *lines])
 
 
-def lost(state: State, now: float, rules: Rules) -> str:
-    """A node that has been silent for too long, or a rank's broken collective whose grace is over; or nothing.
+def lost(state: State, now: float, rules: Rules) -> Failure | None:
+    """A node that has gone or has been silent for too long, or a rank's broken collective whose grace is over.
 
     In phase register nobody is lost: a node that has gone may be started again. A node that died with its ranks has
     been silent for about as long as its peers' collectives have been broken; its last heartbeat may have come after
     their report.
     """
-    if state.phase in ("register", "ended"):
-        return ""
+    if state.phase in ("register", "recover", "ended"):
+        return None
+    for node in state.nodes.values():
+        if has_gone(node, now, rules):
+            return Failure("node_lost", _hung_up(node), LostError.exit_code, instance=node.register.instance)
     silent = max(state.nodes.values(), key=lambda node: silence_s(state, node, now))
     silent_s = silence_s(state, silent, now)
+    instance = silent.register.instance
     if silent_s > rules.node_lost_s:
-        return f"{silent.where} has not been heard for {silent_s:.1f} s (TPDIST_NODE_LOST_S={rules.node_lost_s:g})"
+        cause = f"{silent.where} has not been heard for {silent_s:.1f} s (TPDIST_NODE_LOST_S={rules.node_lost_s:g})"
+        return Failure("node_lost", cause, LostError.exit_code, instance=instance)
     if state.suspect is None:
-        return ""
+        return None
     grace_s = _grace_s(rules)
     since, _, cause = state.suspect
     if now - since < grace_s:
-        return ""
+        return None
     if silent_s > grace_s - rules.heartbeat_interval_s:
-        return f"{silent.where} was lost: not heard for {silent_s:.1f} s, and its peers' collectives failed\n  {cause}"
-    return cause
+        cause = f"{silent.where} was lost: not heard for {silent_s:.1f} s, and its peers' collectives failed\n  {cause}"
+        return Failure("node_lost", cause, LostError.exit_code, instance=instance)
+    return Failure("rank_lost", cause, LostError.exit_code)
 
 
-def stalled(state: State, tick: Tick, rules: Rules) -> str:
-    """Requests wait, and the engine has finished no step for too long; or nothing. Of the ranks that are furthest
-    behind the lowest is named: the others wait for it.
+def hanging(state: State, tick: Tick, now: float, rules: Rules) -> Failure | None:
+    """A rank whose process has been stopped for too long; or requests wait, and neither outputs nor any rank's
+    progress have been seen for too long."""
+    if state.layout is None or state.phase not in (*RANK_PHASES, "draining"):
+        return None
+    for node, pace in _paces(state):
+        if pace.stopped_at is not None and now - pace.stopped_at > rules.node_lost_s:
+            cause = (
+                f"rank {pace.progress.rank} on {node.where} has been stopped for {now - pace.stopped_at:.1f} s "
+                f"(its process is in state {pace.progress.process}; TPDIST_NODE_LOST_S={rules.node_lost_s:g})"
+            )
+            return Failure("hang", cause, LostError.exit_code)
+    idle_s = min(tick.stalled_s, now - state.advanced_at)
+    if state.phase not in ("ready", "draining") or idle_s <= rules.hang_timeout_s:
+        return None
+    cause = (
+        f"{tick.in_flight} requests wait, and no rank has advanced for {idle_s:.1f} s "
+        f"(TPDIST_HANG_TIMEOUT_S={rules.hang_timeout_s:g}){_furthest_behind(state)}"
+    )
+    return Failure("hang", cause, LostError.exit_code)
 
-    A rank that waits in a collective for one that hangs has the same deadline and knows more: its report comes first.
+
+def _furthest_behind(state: State) -> str:
+    """The rank that the others wait for: the earliest step; in that, one that is not itself waiting before one that is;
+    in a tensor-parallel group that waits, the one that has entered the fewest collectives.
+
+    A rank that was stopped in the middle of a wait never leaves it, and so enters the next one never.
     """
-    if state.phase not in ("ready", "draining") or tick.stalled_s <= rules.hang_timeout_s + 2 * _grace_s(rules):
+    paces = {pace.progress.rank: (node, pace.progress) for node, pace in _paces(state)}
+    if not paces:
         return ""
-    step, rank, where = min(
-        (update.step, update.rank, node.where) for node in state.nodes.values() for update in node.ranks.values()
-    )
+    tp_size = state.assign_of(None).tp_size
+
+    def place(rank: int) -> tuple[int, bool]:
+        return paces[rank][1].step, paces[rank][1].waiting
+
+    first = min(paces, key=lambda rank: (*place(rank), rank))
+    group = [rank for rank in paces if rank // tp_size == first // tp_size and place(rank) == place(first)]
+    node, progress = paces[min(group, key=lambda rank: (paces[rank][1].num_waits, rank))]
+    waits = f"in {progress.wait} {progress.num_waits}"
+    doing = waits if progress.waiting else f"after {progress.num_waits} collectives"
     return (
-        f"{tick.in_flight} requests wait, and no step has been finished for {tick.stalled_s:.1f} s "
-        f"(TPDIST_HANG_TIMEOUT_S={rules.hang_timeout_s:g}); furthest behind is rank {rank} on {where}, at step {step}"
+        f"; furthest behind is rank {progress.rank} on {node.where}, at step {progress.step} {doing}, "
+        f"its process in state {progress.process or 'unknown'}"
     )
+
+
+def _paces(state: State) -> Iterator[tuple[Node, RankPace]]:
+    return ((node, pace) for node in state.nodes.values() for pace in node.paces.values())
 
 
 def silence_s(state: State, node: Node, now: float) -> float:
@@ -77,6 +122,20 @@ def silence_s(state: State, node: Node, now: float) -> float:
 
 def is_silent(state: State, node: Node, now: float, rules: Rules) -> bool:
     return silence_s(state, node, now) > rules.node_lost_s
+
+
+def has_gone(node: Node, now: float, rules: Rules) -> bool:
+    """Whether a node's connection has closed, and no heartbeat came over another."""
+    return node.hung_up_at is not None and now - node.hung_up_at > HANGUP_HEARTBEATS * rules.heartbeat_interval_s
+
+
+def is_away(state: State, node: Node, now: float, rules: Rules) -> bool:
+    """Whether a node has gone or fallen silent."""
+    return has_gone(node, now, rules) or is_silent(state, node, now, rules)
+
+
+def _hung_up(node: Node) -> str:
+    return f"{node.where} was lost: its connection has closed; was it killed, or its machine restarted?"
 
 
 def _grace_s(rules: Rules) -> float:
@@ -95,7 +154,7 @@ def _limit(phase: str, rules: Rules) -> tuple[float, str]:
 def _holds_up(state: State, key: Key, now: float, rules: Rules) -> bool:
     """Whether this node keeps the cluster in its phase."""
     node = state.nodes.get(key)
-    if node is None or is_silent(state, node, now, rules):
+    if node is None or is_away(state, node, now, rules):
         return True
     if state.phase in ("register", "compare"):
         return state.phase == "compare" and node.fingerprint is None

@@ -7,9 +7,9 @@ from dataclasses import replace
 
 from tpdist.control import deadlines
 from tpdist.control.events import Action, Answer, Publish, Send
-from tpdist.control.messages import DrainRequest, Goodbye, Message, Register, Shutdown
-from tpdist.control.state import Key, Node, Rules, State
-from tpdist.errors import InterruptedByUser, JoinError, LostError, TpdistError
+from tpdist.control.messages import DrainRequest, Goodbye, Message, Register, Rejoin, Shutdown
+from tpdist.control.state import Node, Rules, State
+from tpdist.errors import InterruptedByUser, LostError, TpdistError
 
 GOODBYE_GRACE_S = 5.0
 MAX_EXIT_CODE = 255
@@ -25,23 +25,14 @@ def drain(state: State, request: DrainRequest, now: float) -> Answer:
     return replace(state, phase="draining", phase_since=now, draining_reason=request.reason), (Publish(),)
 
 
-def on_goodbye(state: State, key: Key, goodbye: Goodbye, now: float) -> Answer:
-    """Before everybody is here a worker may leave and come back; any other farewell ends the cluster."""
-    node = state.nodes[key]
-    if state.phase == "register" and key is not None and goodbye.exit_code in (0, InterruptedByUser.exit_code):
-        return state.dismiss(key), (Publish(),)
-    state = state.update(key, replace(node, gone=True))
-    cause = f"{node.where} left: {goodbye.cause or 'no reason given'}"
-    return end(state, failure(goodbye.exit_code), cause, now)
-
-
 def end(state: State, exit_code: int, cause: str, now: float) -> Answer:
     """Tell everybody; after the first cause nothing happens here."""
     if state.outcome is not None:
         return state, ()
     outcome = (exit_code, cause)
     state = replace(state, phase="ended", phase_since=now, outcome=outcome)
-    told = (Send(node.register.instance, _shutdown(outcome)) for node in state.nodes.values() if not node.gone)
+    everybody = (*state.nodes.values(), *state.standbys.values())
+    told = (Send(node.register.instance, _shutdown(outcome)) for node in everybody if not node.gone)
     return state, (Publish(), *told)
 
 
@@ -64,8 +55,7 @@ def answer_stranger(state: State, instance: str, body: Message) -> tuple[Action,
 
 
 def dismissal(instance: str, why: str) -> Send:
-    cause = f"the head does not know this instance: {why}; start it again"
-    return Send(instance, Shutdown(exit_code=JoinError.exit_code, cause=cause))
+    return Send(instance, Rejoin(reason=why))
 
 
 def waits_for_goodbyes(state: State, now: float, rules: Rules) -> bool:
@@ -77,7 +67,8 @@ def waits_for_goodbyes(state: State, now: float, rules: Rules) -> bool:
     failed = state.outcome[0] not in (0, InterruptedByUser.exit_code)
     if failed and len(state.nodes) < len(rules.keys):
         return True
-    return any(not node.gone and not deadlines.is_silent(state, node, now, rules) for node in state.nodes.values())
+    everybody = (*state.nodes.values(), *state.standbys.values())
+    return any(not node.gone and not deadlines.is_away(state, node, now, rules) for node in everybody)
 
 
 def _shutdown(outcome: tuple[int, str]) -> Shutdown:

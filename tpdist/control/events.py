@@ -18,6 +18,13 @@ class Heard:
 
 
 @dataclass(frozen=True)
+class HungUp:
+    """The connection of a node's heartbeats has closed. What came over it before may still be read."""
+
+    instance: str
+
+
+@dataclass(frozen=True)
 class Interrupt:
     """Somebody wants the cluster to end."""
 
@@ -26,13 +33,13 @@ class Interrupt:
 
 @dataclass(frozen=True)
 class Tick:
-    """Time passed; `in_flight` requests are unfinished, and the engine has made no progress for `stalled_s`."""
+    """Time passed; `in_flight` requests are at the engine, which has had work for `stalled_s` without any outputs."""
 
     in_flight: int
     stalled_s: float = 0.0
 
 
-Event = Heard | Interrupt | Tick
+Event = Heard | HungUp | Interrupt | Tick
 
 
 @dataclass(frozen=True)

@@ -17,20 +17,52 @@ def on_register(state: State, register: Register, now: float, rules: Rules) -> A
     key = register.worker_id
     problem = _mismatch(register, rules)
     if state.outcome is not None:
-        return tell_the_end(state, register, now, known_place=not problem)
+        return tell_the_end(state, register, now, known_place=not problem and not register.standby)
+    if register.standby:
+        return _on_standby(state, register, problem, now, rules)
     if problem:
         return _refuse(state, register, problem, now)
     if register.instance in state.members:
         return _welcome_again(state, register, now, rules)
     holder = state.nodes.get(key)
-    if holder is not None and (state.phase != "register" or not deadlines.is_silent(state, holder, now, rules)):
-        wait = Wait(reason=_taken(state, holder, rules))
+    if holder is not None and (state.phase != "register" or not deadlines.is_away(state, holder, now, rules)):
+        wait = Wait(reason=_taken(holder, rules))
         return state, (Send(register.instance, wait),)
-    state = state.admit(key, Node(register, last_seen=now, seen_at=state.ticks))
+    state = state.admit(key, Node(register, last_seen=now, seen_at=state.ticks, ended=state.phase == "recover"))
     actions: list[Action] = [_welcome(register, rules), Publish()]
     if holder is not None:
         actions.append(dismissal(holder.register.instance, f"{where(register)} took its place"))
     return after(actions, gather(state, now, rules))
+
+
+def _on_standby(state: State, register: Register, problem: str, now: float, rules: Rules) -> Answer:
+    """A node that waits for a place: it is welcome, and hears at once if it could never have one."""
+    instance = register.instance
+    if problem:
+        return state, (Send(instance, Shutdown(exit_code=JoinError.exit_code, cause=problem)),)
+    if instance not in state.members and instance not in state.standbys:
+        standby = Node(register, last_seen=now, seen_at=state.ticks)
+        state = replace(state, standbys={**state.standbys, instance: standby})
+    return state, (_welcome(register, rules), Publish())
+
+
+def standby_problem(state: State, standby: Node, rules: Rules) -> str:
+    """Why a standby cannot take a place, as far as its fingerprint and the head's are known; or nothing."""
+    head = state.nodes.get(None)
+    if head is None or head.fingerprint is None or standby.fingerprint is None:
+        return ""
+    rows = compare.differences({"head": head.fingerprint, "standby": standby.fingerprint}, settings=rules.settings)
+    return f"this standby differs from the head; make these equal:\n{compare.table(rows)}" if rows else ""
+
+
+def on_standby_fingerprint(state: State, standby: Node, fingerprint: Fingerprint, rules: Rules) -> Answer:
+    """A standby says what it is. One that differs ends, alone."""
+    instance = standby.register.instance
+    standby = replace(standby, fingerprint=fingerprint)
+    if problem := standby_problem(state, standby, rules):
+        shutdown = Shutdown(exit_code=JoinError.exit_code, cause=problem)
+        return state.without_standby(instance), (Send(instance, shutdown), Publish())
+    return replace(state, standbys={**state.standbys, instance: standby}), ()
 
 
 def _mismatch(register: Register, rules: Rules) -> str:
@@ -42,10 +74,11 @@ def _mismatch(register: Register, rules: Rules) -> str:
             f"worker id {key} ({register.hostname}, pid {register.pid}) is not in this cluster: "
             f"MISTRALRS_MN_HEAD_NUM_WORKERS={rules.num_workers} on the head allows the ids {ids}"
         )
-    if key is not None and register.global_world_size != rules.global_world_size:
+    is_worker = key is not None or register.standby
+    if is_worker and register.global_world_size != rules.global_world_size:
         return (
-            f"MISTRALRS_MN_GLOBAL_WORLD_SIZE is {register.global_world_size} on worker {key} "
-            f"({register.hostname}) and {rules.global_world_size} on the head; set the same number on all nodes"
+            f"MISTRALRS_MN_GLOBAL_WORLD_SIZE is {register.global_world_size} on {where(register)} "
+            f"and {rules.global_world_size} on the head; set the same number on all nodes"
         )
     return ""
 
@@ -62,12 +95,12 @@ def _welcome(register: Register, rules: Rules) -> Send:
     return Send(register.instance, Welcome(cluster_id=rules.cluster_id))
 
 
-def _taken(state: State, holder: Node, rules: Rules) -> str:
+def _taken(holder: Node, rules: Rules) -> str:
     register = holder.register
-    here = f"{name_of(register.worker_id)} is already here ({register.hostname}, pid {register.pid})"
-    if state.phase != "register":
-        return f"{here}, and the cluster has started (phase {state.phase}); nobody can join before it has ended"
-    return f"{here}; this instance takes its place if that one goes, or is silent for {rules.node_lost_s:g} s"
+    return (
+        f"{name_of(register.worker_id)} is already here ({register.hostname}, pid {register.pid}); this instance takes "
+        f"its place if that one goes, or is silent for {rules.node_lost_s:g} s"
+    )
 
 
 def _refuse(state: State, register: Register, cause: str, now: float) -> Answer:
@@ -88,9 +121,9 @@ def gather(state: State, now: float, rules: Rules) -> Answer:
     """Leave phase register once every place is held by a node that lives."""
     if state.phase != "register" or len(state.nodes) < len(rules.keys):
         return state, ()
-    if any(deadlines.is_silent(state, node, now, rules) for node in state.nodes.values()):
+    if any(deadlines.is_away(state, node, now, rules) for node in state.nodes.values()):
         return state, ()
-    state = replace(state, phase="compare", phase_since=now)
+    state = state.enter("compare", now)
     return after((Publish(),), _compare(state, now, rules))
 
 
@@ -112,6 +145,6 @@ def _compare(state: State, now: float, rules: Rules) -> Answer:
     epoch = state.epoch + 1
     life = {"cluster_id": rules.cluster_id, "epoch": epoch}
     assigns = tuple(msgspec.structs.replace(assign, **life) for assign in layout.assigns)
-    state = replace(state, phase="start", phase_since=now, epoch=epoch, layout=replace(layout, assigns=assigns))
+    state = replace(state.enter("start", now), epoch=epoch, layout=replace(layout, assigns=assigns))
     sends = (Send(node.register.instance, assign) for node, assign in zip(ordered, assigns, strict=True))
     return state, (*sends, Publish())

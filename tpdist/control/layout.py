@@ -44,7 +44,7 @@ def make_layout(
     global_world_size: int | None,
     store_port: int,
     load_timeout_s: float,
-    hang_timeout_s: float,
+    collective_timeout_s: float,
     local_interface: Callable[[str], str | None],
 ) -> Layout:
     """Assign ranks to `nodes` (head first). `settings` are the head's plan and engine settings, in which "auto" becomes
@@ -66,7 +66,7 @@ def make_layout(
         one_process=one_process,
     )
     shrunk = {name: getattr(placement.demand, name) for name in SHRINKING}
-    head = _head_address(nodes, local_interface)
+    head = head_address(nodes, local_interface)
     threads = _threads(nodes, sizes)
     assigns = tuple(
         Assign(
@@ -86,7 +86,7 @@ def make_layout(
             head_host=head.host_for(node),
             bind_host=head.bind_host,
             load_timeout_s=load_timeout_s,
-            hang_timeout_s=hang_timeout_s,
+            collective_timeout_s=collective_timeout_s,
             store_port=store_port,
             max_model_len=demand.max_model_len,
             settings={**settings, **shrunk, "device": device, "dtype": dtype},
@@ -146,7 +146,7 @@ def _threads(nodes: Sequence[NodeFacts], sizes: Sequence[int]) -> list[int]:
 
 
 @dataclass(frozen=True)
-class _HeadAddress:
+class HeadAddress:
     """Where rank 0 listens: the address, and the head's interface for collectives."""
 
     bind_host: str
@@ -164,7 +164,7 @@ class _HeadAddress:
         return self.interface if is_loopback(node.register.head_address) else node.register.interface
 
 
-def _head_address(nodes: Sequence[NodeFacts], local_interface: Callable[[str], str | None]) -> _HeadAddress:
+def head_address(nodes: Sequence[NodeFacts], local_interface: Callable[[str], str | None]) -> HeadAddress:
     """What the workers reach the head by. With workers on this machine only, loopback.
 
     Rank 0 listens on all addresses if workers come in by several, or by one that this machine does not have
@@ -174,11 +174,11 @@ def _head_address(nodes: Sequence[NodeFacts], local_interface: Callable[[str], s
     remote = [address for address in reached if not is_loopback(address)]
     if not remote:
         host = reached[0] if reached else LOOPBACK
-        return _HeadAddress(host, local_interface(host))
+        return HeadAddress(host, local_interface(host))
     interface = local_interface(remote[0])
     if len(remote) == 1 and interface is not None and not is_link_local(remote[0]):
-        return _HeadAddress(remote[0], interface)
-    return _HeadAddress(ANY if any(":" in address for address in remote) else ANY_IPV4, interface)
+        return HeadAddress(remote[0], interface)
+    return HeadAddress(ANY if any(":" in address for address in remote) else ANY_IPV4, interface)
 
 
 def _summary(config: ModelConfig, sizes: tuple[int, ...], placement: Placement, assign: Assign) -> dict[str, Any]:

@@ -12,30 +12,39 @@ Phases, each with a deadline that names who is missing:
     load       weights
     warmup     first forward
     ready      requests are served
+    recover    an epoch was aborted: the ranks of all nodes end; then comes register again, and the next epoch
     draining   no new requests; ends when none is left
     ended      everybody has been told how it ends; waits for their goodbyes
 
-Invariants: the phases come in this order, some are skipped, none comes back. The first cause sets `outcome`, and
-nothing changes it. A message counts only from the instance that holds a place, and a rank's only in its own epoch.
+Invariants: within an epoch the phases come in this order, some are skipped, none comes back. The first failure aborts
+an epoch, and what comes of it later changes nothing. The first cause sets `outcome`, and nothing changes it. A message
+counts only from the instance that holds a place, and a rank's only in its own epoch.
 """
 
 from dataclasses import replace
 
-from tpdist.control import deadlines, endings, joining
-from tpdist.control.events import Answer, Event, Finish, Heard, Interrupt, Publish, Send, Tick
+from tpdist.control import deadlines, endings, joining, recovery
+from tpdist.control.events import Answer, Event, Finish, Heard, HungUp, Interrupt, Publish, Send, Tick
 from tpdist.control.messages import (
     Connect,
     DrainRequest,
     EngineInfo,
+    EpochEnded,
     Fingerprint,
     Goodbye,
+    Heartbeat,
     Listening,
     RankGone,
+    RankProgress,
     RankUpdate,
     Register,
 )
-from tpdist.control.state import RANK_PHASES, Key, Node, Rules, State
-from tpdist.errors import JoinError, LostError
+from tpdist.control.state import RANK_PHASES, Failure, Key, Node, RankPace, Rules, State, seen
+from tpdist.errors import InterruptedByUser, JoinError, LostError, SettingsError, TpdistError
+
+STOPPED = ("T", "t")
+# What another start would meet again: wrong settings, a model that does not fit, a damaged checkpoint, a disagreement.
+LASTING_CODES = range(SettingsError.exit_code, LostError.exit_code)
 
 
 def advance(state: State, event: Event, now: float, rules: Rules) -> Answer:
@@ -45,6 +54,8 @@ def advance(state: State, event: Event, now: float, rules: Rules) -> Answer:
             return joining.on_register(state, register, now, rules) if register.instance == instance else (state, ())
         case Heard():
             return _heard(state, event, now, rules)
+        case HungUp(instance=instance):
+            return _hung_up(state, instance, now), ()
         case Interrupt(request=request):
             return endings.drain(state, request, now)
         case Tick():
@@ -52,37 +63,82 @@ def advance(state: State, event: Event, now: float, rules: Rules) -> Answer:
 
 
 def _heard(state: State, heard: Heard, now: float, rules: Rules) -> Answer:
+    if heard.instance in state.standbys:
+        return _heard_of_standby(state, state.standbys[heard.instance], heard, now, rules)
     if heard.instance not in state.members:
         return state, endings.answer_stranger(state, heard.instance, heard.body)
     key = state.members[heard.instance]
     state = state.heard(key, now)
     match heard.body:
         case Goodbye() as goodbye:
-            return endings.on_goodbye(state, key, goodbye, now)
+            return _left(state, key, goodbye, now, rules)
         case _ if state.outcome is not None:
             return state, ()
         case DrainRequest() as request:
             return endings.drain(state, request, now)
         case Fingerprint() as fingerprint:
             return joining.on_fingerprint(state, key, fingerprint, now, rules)
-        case Listening() | RankUpdate() | RankGone() if _is_current(state, heard.epoch):
-            return _heard_of_ranks(state, key, heard.body, now)
+        case EpochEnded() if heard.epoch == state.epoch:
+            return recovery.on_epoch_ended(state, key, now, rules)
+        case Listening() | RankUpdate() | RankGone() | Heartbeat() if _is_current(state, heard.epoch):
+            return _heard_of_ranks(state, key, heard.body, now, rules)
         case _:
             return state, ()
+
+
+def _heard_of_standby(state: State, standby: Node, heard: Heard, now: float, rules: Rules) -> Answer:
+    standby = seen(standby, now, state.ticks)
+    match heard.body:
+        case Goodbye():
+            return state.without_standby(heard.instance), (Publish(),)
+        case Fingerprint() as fingerprint if state.outcome is None:
+            return joining.on_standby_fingerprint(state, standby, fingerprint, rules)
+        case _:
+            return replace(state, standbys={**state.standbys, heard.instance: standby}), ()
+
+
+def _hung_up(state: State, instance: str, now: float) -> State:
+    if instance in state.members:
+        key = state.members[instance]
+        return state.update(key, replace(state.nodes[key], hung_up_at=now))
+    if instance in state.standbys:
+        standby = replace(state.standbys[instance], hung_up_at=now)
+        return replace(state, standbys={**state.standbys, instance: standby})
+    return state
+
+
+def _left(state: State, key: Key, goodbye: Goodbye, now: float, rules: Rules) -> Answer:
+    """A node ends. While nodes gather, a worker may leave and come back; what ends one for good ends all."""
+    node = state.nodes[key]
+    cause = f"{node.where} left: {goodbye.cause or 'no reason given'}"
+    lasting = goodbye.exit_code in LASTING_CODES
+    if state.phase in ("register", "recover") and key is not None and not lasting:
+        may_return = goodbye.exit_code in (0, InterruptedByUser.exit_code) or bool(state.restarts)
+        if may_return:
+            return state.dismiss(key), (Publish(),)
+    gone = state.update(key, replace(node, gone=True))
+    code = endings.failure(goodbye.exit_code)
+    if state.outcome is not None or key is None or lasting:
+        return endings.end(gone, code, cause, now)
+    failure = Failure("node_lost", cause, code, instance=node.register.instance)
+    return recovery.abort(gone, failure, now, rules)
 
 
 def _tick(state: State, tick: Tick, now: float, rules: Rules) -> Answer:
     if state.outcome is not None:
         return state, (() if endings.waits_for_goodbyes(state, now, rules) else (Finish(*state.outcome),))
-    lost = deadlines.lost(state, now, rules) or deadlines.stalled(state, tick, rules)
-    if lost:
-        return endings.end(state, LostError.exit_code, lost, now)
+    failure = deadlines.lost(state, now, rules) or deadlines.hanging(state, tick, now, rules)
+    if failure:
+        return recovery.abort(state, failure, now, rules)
     late = deadlines.expired(state, now, rules)
     if late:
-        return endings.end(state, JoinError.exit_code, late, now)
+        code = LostError.exit_code if state.restarts else JoinError.exit_code
+        return endings.end(state, code, late, now)
     if state.phase == "draining" and (tick.in_flight == 0 or now - state.phase_since > rules.shutdown_timeout_s):
         return endings.end(state, 0, state.draining_reason, now)
-    return joining.gather(state, now, rules)
+    if state.phase == "recover":
+        return recovery.proceed(state, now, rules)
+    return recovery.refill(state, now, rules) if state.phase == "register" else (state, ())
 
 
 def _is_current(state: State, epoch: int) -> bool:
@@ -90,17 +146,41 @@ def _is_current(state: State, epoch: int) -> bool:
     return state.layout is not None and epoch == state.epoch
 
 
-def _heard_of_ranks(state: State, key: Key, body: Listening | RankUpdate | RankGone, now: float) -> Answer:
+def _heard_of_ranks(
+    state: State, key: Key, body: Listening | RankUpdate | RankGone | Heartbeat, now: float, rules: Rules
+) -> Answer:
     match body:
+        case Heartbeat(ranks=ranks):
+            return _with_progress(state, key, ranks, now), ()
         case Listening() if key is None and state.phase in ("start", "connect"):
             connect = Connect(store_port=body.store_port, plan_port=body.plan_port)
             return state, tuple(Send(node.register.instance, connect) for node in state.nodes.values())
         case RankUpdate() if _is_of(state, key, body):
             return _proceed(_with_rank(state, key, body), now)
         case RankGone():
-            return _rank_gone(state, state.nodes[key], body, now)
+            return _rank_gone(state, state.nodes[key], body, now, rules)
         case _:
             return state, ()
+
+
+def _with_progress(state: State, key: Key, ranks: tuple[RankProgress, ...], now: float) -> State:
+    """Note which ranks have advanced, and which stand still."""
+    before = state.nodes[key].paces
+    paces = {progress.rank: _pace(before.get(progress.rank), progress, now) for progress in ranks}
+    advanced = any(pace.advanced_at == now for pace in paces.values())
+    state = state.update(key, replace(state.nodes[key], paces=paces))
+    return replace(state, advanced_at=now) if advanced else state
+
+
+def _pace(before: RankPace | None, progress: RankProgress, now: float) -> RankPace:
+    stopped_at = None
+    if progress.process in STOPPED:
+        stopped_at = before.stopped_at if before is not None and before.stopped_at is not None else now
+    stands = before is not None and (before.progress.step, before.progress.num_waits) == (
+        progress.step,
+        progress.num_waits,
+    )
+    return RankPace(progress, before.advanced_at if before is not None and stands else now, stopped_at)
 
 
 def _is_of(state: State, key: Key, update: RankUpdate) -> bool:
@@ -128,9 +208,9 @@ def _proceed(state: State, now: float) -> Answer:
     slowest = next(index for index, count in enumerate(state.num_ranks_at) if count)
     if slowest <= RANK_PHASES.index(state.phase):
         return state, ()
-    state = replace(state, phase=RANK_PHASES[slowest], phase_since=now)
+    state = state.enter(RANK_PHASES[slowest], now)
     if state.phase == "ready":
-        state = replace(state, engine=_engine_info(state))
+        state = replace(state, engine=_engine_info(state), was_ready=True, advanced_at=now)
     return state, (Publish(),)
 
 
@@ -143,13 +223,25 @@ def _engine_info(state: State) -> EngineInfo:
     )
 
 
-def _rank_gone(state: State, node: Node, gone: RankGone, now: float) -> Answer:
+def _rank_gone(state: State, node: Node, gone: RankGone, now: float, rules: Rules) -> Answer:
     cause = f"rank {gone.rank} on {node.where}: {gone.cause}"
     if gone.last_lines:
         cause += "\n" + "\n".join(f"  | {line}" for line in gone.last_lines)
     if gone.secondary:
         return _suspected(state, gone.rank, cause, now), ()
-    return endings.end(state, endings.failure(gone.exit_code), cause, now)
+    code = endings.failure(gone.exit_code)
+    if _is_lasting(state, code):
+        return endings.end(state, code, cause, now)
+    reason = "rank_lost" if code == LostError.exit_code else "rank_failed"
+    return recovery.abort(state, Failure(reason, cause, code), now, rules)
+
+
+def _is_lasting(state: State, code: int) -> bool:
+    """Whether a rank would end in the same way again: what is wrong before ranks serve is wrong the next time too,
+    except for kills; a bug is given another chance where ranks have served before."""
+    if state.phase in ("ready", "draining"):
+        return False
+    return code in LASTING_CODES or (code == TpdistError.exit_code and not state.was_ready)
 
 
 def _suspected(state: State, rank: int, cause: str, now: float) -> State:

@@ -6,24 +6,27 @@ on. Unknown fields and tags do not decode: a malformed message is counted and dr
 
 Who sends what:
 
-    node  -> head    Register, Fingerprint, Heartbeat, Listening, RankUpdate, RankGone, Generate, Abort, DrainRequest,
-                     Goodbye
-    head  -> node    Welcome, Wait, Heartbeat, Assign, Connect, ClusterState, Tokens, RequestFailed, Shutdown
+    node  -> head    Register, Fingerprint, Heartbeat, Listening, RankUpdate, RankGone, EpochEnded, Generate, Abort,
+                     DrainRequest, Goodbye
+    head  -> node    Welcome, Wait, Rejoin, Heartbeat, Assign, Connect, EndEpoch, ClusterState, Tokens, RequestFailed,
+                     Shutdown
     rank  -> agent   RankHello, Listening (rank 0), RankUpdate, RankGone
     agent -> rank    RankStart, Connect, RankStop
     head  -> rank 0  Generate, Abort, Heartbeat
     rank 0 -> head   Heartbeat (once, when it connects), StepOutputs, RequestFailed
     rank 0 -> ranks  StepPlan
     ranks -> rank 0  RankHello (once, when they connect); StepResult (the one that samples, with several stages)
+    doctor <-> head's doctor  Preflight
 """
 
 from typing import Any
 
 import msgspec
 
+from tpdist.log import LogFormat
 from tpdist.sampling_params import SamplingParams
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 MAX_MESSAGE_BYTES = 32 * 1024 * 1024
 
 
@@ -65,8 +68,9 @@ class ProbeReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 
 class Register(Message, frozen=True):
-    """First word of a node. `worker_id` is None for the head's own node. `address` is the node's own IP on its route
-    to the head, `head_address` the head's IP as this node reached it."""
+    """First word of a node. `worker_id` is None for the head's own node and for a standby, which takes the place of a
+    node that is lost. `address` is the node's own IP on its route to the head, `head_address` the head's IP as this
+    node reached it."""
 
     instance: str
     worker_id: int | None
@@ -77,6 +81,7 @@ class Register(Message, frozen=True):
     interface: str | None
     global_world_size: int | None
     local_world_size: int | None
+    standby: bool = False
 
 
 class Fingerprint(Message, frozen=True):
@@ -97,6 +102,12 @@ class Welcome(Message, frozen=True):
 
 class Wait(Message, frozen=True):
     """Not now, for this reason; the node goes on registering."""
+
+    reason: str
+
+
+class Rejoin(Message, frozen=True):
+    """The head does not, or no longer, know this instance: its ranks end, and it registers anew."""
 
     reason: str
 
@@ -133,7 +144,7 @@ class Assign(Message, frozen=True):
     head_host: str
     bind_host: str
     load_timeout_s: float
-    hang_timeout_s: float
+    collective_timeout_s: float
     store_port: int
     max_model_len: int
     settings: dict[str, Any]
@@ -156,10 +167,28 @@ class Connect(Message, frozen=True):
 # -- while it runs ----------------------------------------------------------------------------------------------------
 
 
+class RankProgress(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array_like=True):
+    """How far a rank's main thread is, as its agent reads it; no thread of the rank says it in its stead.
+
+    `num_waits` counts the collectives and receives that it has entered, `wait` names the last; `waiting` is True until
+    it has left that. `process` is the state of its process in /proc: R, S, D, T (stopped), Z.
+    """
+
+    rank: int
+    step: int
+    num_waits: int
+    wait: str
+    waiting: bool
+    process: str
+
+
 class Heartbeat(Message, frozen=True):
-    """A sign of life, on a connection of its own so that no other traffic delays it. Both ways."""
+    """A sign of life, on a connection of its own so that no other traffic delays it. Both ways: a node's brings the
+    progress of its ranks, the head's what the engine does."""
 
     instance: str
+    ranks: tuple[RankProgress, ...] = ()
+    stats: "EngineStats | None" = None
 
 
 class HeldBytes(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -171,16 +200,16 @@ class HeldBytes(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
 
 class RankUpdate(Message, frozen=True):
-    """How far a rank is. `phase` is one of start, connect, load, warmup, ready; `done`/`total` are bytes while loading.
-    `weight_bytes`, `kv_blocks` and `held` are known once ready."""
+    """In which phase a rank is: start, connect, load, warmup or ready. `done`/`total` are bytes of the checkpoint,
+    `load_s` how long they took. `weight_bytes`, `kv_blocks` and `held` are known once ready."""
 
     rank: int
     pid: int
     device: str
     phase: str
-    step: int = 0
     done: int = 0
     total: int = 0
+    load_s: float = 0.0
     weight_bytes: int = 0
     kv_blocks: int = 0
     held: tuple[HeldBytes, ...] = ()
@@ -198,7 +227,21 @@ class RankGone(Message, frozen=True):
     last_lines: tuple[str, ...] = ()
 
 
+class EndEpoch(Message, frozen=True):
+    """The epoch that the envelope names is over: the node kills its ranks and answers with EpochEnded."""
+
+    cause: str
+
+
+class EpochEnded(Message, frozen=True):
+    """No rank of the epoch that the envelope names is left on this node."""
+
+    instance: str
+
+
 class RankView(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`step_age_s`: since the head saw the rank advance. `load_bytes` and `load_s`: what it read, and how long."""
+
     rank: int
     local_rank: int
     pid: int
@@ -208,6 +251,9 @@ class RankView(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     weight_bytes: int
     kv_blocks: int
     held: tuple[HeldBytes, ...] = ()
+    step_age_s: float = 0.0
+    load_bytes: int = 0
+    load_s: float = 0.0
 
 
 class NodeView(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -221,8 +267,13 @@ class NodeView(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 
 class RestartView(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One epoch that was ended, why, and how long ago. `reason` is the kind of cause: rank_lost, rank_failed, node_lost
+    or hang."""
+
     epoch: int
     cause: str
+    reason: str
+    age_s: float = 0.0
 
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -251,8 +302,9 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
 
 class ClusterState(Message, frozen=True):
-    """The cluster as the head sees it, sent to every node on each change and with each heartbeat.
-    `state` is starting, ready, draining, recovering or failed."""
+    """The cluster as the head sees it, sent to every node on each change, and now and then for what changes all the
+    time. `state` is starting, ready, draining, recovering or failed. `standbys` hold no place. `startup_s`: how long
+    the phases of this epoch took. `retried`: requests that went on in a later epoch, of all epochs together."""
 
     state: str
     reason: str
@@ -260,7 +312,10 @@ class ClusterState(Message, frozen=True):
     phase: str
     nodes: tuple[NodeView, ...]
     plan: dict[str, Any]
+    standbys: tuple[NodeView, ...] = ()
     restarts: tuple[RestartView, ...] = ()
+    startup_s: dict[str, float] = {}
+    retried: int = 0
     engine: EngineInfo | None = None
     stats: EngineStats = EngineStats()
 
@@ -293,13 +348,15 @@ class Goodbye(Message, frozen=True):
 
 class Generate(Message, frozen=True):
     """One sequence to generate. The agent that received it has tokenized it; ids are unique in the cluster.
-    `eos_token_ids` come from that agent's generation_config.json. A lower `priority` is served first."""
+    `eos_token_ids` come from that agent's generation_config.json. A lower `priority` is served first. `handed_over_s`:
+    when the head gave it to rank 0, on the monotonic clock of their machine."""
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
     sampling: SamplingParams
     eos_token_ids: tuple[int, ...] = ()
     priority: int = 0
+    handed_over_s: float | None = None
 
 
 class Abort(Message, frozen=True):
@@ -324,7 +381,8 @@ class TokenOutput(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array
 
     `logprobs` has one entry for each of `token_ids` if they were asked for. `prompt_logprobs` are those of the next
     positions of the prompt, the first of all being position 1; they come before or with the first token.
-    `num_cached_tokens`, with the first token alone: how much of the prompt was found in the prefix cache.
+    With the first token alone: `num_cached_tokens`, how much of the prompt was found in the prefix cache, and
+    `queue_s`, from the request's arrival at the engine until it was scheduled for the first time.
     """
 
     request_id: str
@@ -333,6 +391,7 @@ class TokenOutput(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array
     logprobs: tuple[TokenLogprobs, ...] = ()
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
     num_cached_tokens: int = 0
+    queue_s: float | None = None
 
 
 class StepOutputs(Message, frozen=True):
@@ -371,16 +430,18 @@ class RankHello(Message, frozen=True):
 class RankStart(Message, frozen=True):
     """All that one rank needs to begin, from its agent over a private ipc socket. `engine_address` is the head's
     socket for requests and outputs (used by rank 0 only); `plan_address` the ipc socket for plans inside the head's
-    node. `trace_folder`: where the times of every step go."""
+    node. `progress_file` is where the rank notes its progress. `trace_folder`: where the times of every step go."""
 
     rank: int
     local_rank: int
     model: str
     log_level: str
+    log_format: LogFormat
     assign: Assign
     key_file: str | None
     engine_address: str
     plan_address: str
+    progress_file: str
     trace_folder: str | None
 
 
@@ -448,17 +509,29 @@ class StepResult(Message, frozen=True, kw_only=False):
     prompt_logprobs: dict[int, tuple[TokenLogprobs, ...]] = {}
 
 
+# -- before it runs ---------------------------------------------------------------------------------------------------
+
+
+class Preflight(Message, frozen=True):
+    """One of the words of preflight/words.py, between a `tpdist doctor` and the head's. Their union is decoded there."""
+
+    word: bytes
+
+
 Body = (
     Register
     | Fingerprint
     | Welcome
     | Wait
+    | Rejoin
     | Assign
     | Listening
     | Connect
     | Heartbeat
     | RankUpdate
     | RankGone
+    | EndEpoch
+    | EpochEnded
     | ClusterState
     | DrainRequest
     | Shutdown
@@ -473,6 +546,7 @@ Body = (
     | RankStop
     | StepPlan
     | StepResult
+    | Preflight
 )
 
 

@@ -7,7 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from tpdist.control.messages import Assign, EngineInfo, Fingerprint, RankUpdate, Register
+import msgspec
+
+from tpdist.control.messages import Assign, EngineInfo, Fingerprint, RankProgress, RankUpdate, Register
 from tpdist.plan.placement import Placement
 
 RANK_PHASES = ("start", "connect", "load", "warmup", "ready")
@@ -50,6 +52,8 @@ class Rules:
     node_lost_s: float
     hang_timeout_s: float
     shutdown_timeout_s: float
+    max_restarts: int
+    retry_timeout_s: float
 
     @property
     def keys(self) -> tuple[Key, ...]:
@@ -58,14 +62,27 @@ class Rules:
 
 
 @dataclass(frozen=True)
+class RankPace:
+    """How far a rank is, since when it has not advanced, and since when its process has been stopped, if it is."""
+
+    progress: RankProgress
+    advanced_at: float
+    stopped_at: float | None
+
+
+@dataclass(frozen=True)
 class Node:
-    """One node. `last_seen` is when it was heard last, `seen_at` the number of the tick before that."""
+    """One node. `last_seen` is when it was heard last, `seen_at` the number of the tick before that, `hung_up_at` when
+    its connection closed without another. `ended`: none of its ranks is left of the epoch that was aborted."""
 
     register: Register
     last_seen: float
     seen_at: int
     fingerprint: Fingerprint | None = None
     ranks: Mapping[int, RankUpdate] = field(default_factory=dict)
+    paces: Mapping[int, RankPace] = field(default_factory=dict)
+    hung_up_at: float | None = None
+    ended: bool = False
     gone: bool = False
 
     @property
@@ -74,11 +91,32 @@ class Node:
 
 
 @dataclass(frozen=True)
+class Failure:
+    """Something ended that should not have. `reason` is its kind, for metrics: rank_lost, rank_failed, node_lost or
+    hang; `exit_code` what the cluster ends with if it is not restarted; `instance` the node that is lost with it."""
+
+    reason: str
+    cause: str
+    exit_code: int
+    instance: str | None = None
+
+
+@dataclass(frozen=True)
+class Restart:
+    """An epoch that was aborted, when and why."""
+
+    epoch: int
+    failure: Failure
+    at: float
+
+
+@dataclass(frozen=True)
 class State:
-    """`nodes` by place; `members` finds the place of an instance. `num_ranks_at` counts ranks by RANK_PHASES, so that
-    a rank's progress costs the same in a cluster of any size. `suspect` is the lowest rank's report that its peers had
-    gone, (since, rank, cause), which waits a moment for the first cause. `outcome` is how the cluster ends, (exit code,
-    cause); set once."""
+    """`nodes` by place; `members` finds the place of an instance; `standbys`, by instance, have none. `num_ranks_at`
+    counts ranks by RANK_PHASES, so that a rank's progress costs the same in a cluster of any size. `advanced_at` is
+    when any rank advanced last. `suspect` is the lowest rank's report that its peers had gone, (since, rank, cause),
+    which waits a moment for the first cause. `startup_s`: what the phases of this epoch took. `was_ready`: some epoch
+    has served. `outcome` is how the cluster ends, (exit code, cause); set once."""
 
     phase: str = "register"
     phase_since: float = 0.0
@@ -86,9 +124,14 @@ class State:
     ticks: int = 0
     nodes: Mapping[Key, Node] = field(default_factory=dict)
     members: Mapping[str, Key] = field(default_factory=dict)
+    standbys: Mapping[str, Node] = field(default_factory=dict)
     num_ranks_at: tuple[int, ...] = (0,) * len(RANK_PHASES)
     layout: Layout | None = None
+    advanced_at: float = 0.0
     suspect: tuple[float, int, str] | None = None
+    startup_s: Mapping[str, float] = field(default_factory=dict)
+    restarts: tuple[Restart, ...] = ()
+    was_ready: bool = False
     draining_reason: str = ""
     outcome: tuple[int, str] | None = None
     engine: EngineInfo | None = None
@@ -102,6 +145,11 @@ class State:
         """The ranks of a node. There must be a layout."""
         assert self.layout is not None
         return self.layout.assigns[node_index(key)]
+
+    def enter(self, phase: str, now: float) -> "State":
+        """In the next phase."""
+        took_s = {**self.startup_s, self.phase: now - self.phase_since}
+        return replace(self, phase=phase, phase_since=now, startup_s=took_s)
 
     def admit(self, key: Key, node: Node) -> "State":
         """With a new instance in a place; who held it before is no member any more."""
@@ -119,7 +167,26 @@ class State:
 
     def heard(self, key: Key, now: float) -> "State":
         """With a sign of life of a member."""
-        return self.update(key, replace(self.nodes[key], last_seen=now, seen_at=self.ticks))
+        return self.update(key, seen(self.nodes[key], now, self.ticks))
+
+    def without_standby(self, instance: str) -> "State":
+        return replace(self, standbys={other: node for other, node in self.standbys.items() if other != instance})
+
+
+# What a closed connection brought before it closed may be read after that is known, but not for long.
+STALE_S = 0.2
+
+
+def seen(node: Node, now: float, ticks: int) -> Node:
+    """The node with a sign of life, which may have come over the connection that has closed since."""
+    stale = node.hung_up_at is not None and now - node.hung_up_at <= STALE_S
+    return replace(node, last_seen=now, seen_at=ticks, hung_up_at=node.hung_up_at if stale else None)
+
+
+def promoted(node: Node, key: Key) -> Node:
+    """A standby that takes the place of worker `key`."""
+    register = msgspec.structs.replace(node.register, worker_id=key, standby=False)
+    return replace(node, register=register)
 
 
 def name_of(key: Key) -> str:
@@ -133,7 +200,8 @@ def node_id(key: Key) -> str:
 
 def where(register: Register) -> str:
     """A node as error messages name it."""
-    return f"{name_of(register.worker_id)} ({register.hostname}, pid {register.pid})"
+    name = "standby" if register.standby else name_of(register.worker_id)
+    return f"{name} ({register.hostname}, pid {register.pid})"
 
 
 def node_index(key: Key) -> int:

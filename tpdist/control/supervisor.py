@@ -3,6 +3,11 @@
 A rank is `python -m tpdist.worker`; it connects to this node's ipc socket. Under torchrun the ranks exist already and
 only connect. A rank that ends without being asked to is reported as a RankGone with its exit code or signal and the
 last lines it wrote; nothing here decides what that means for the cluster.
+
+    start, connect   the ranks of one epoch
+    progress         how far each is, as it notes itself
+    end_epoch        they are asked to end, then killed; when it returns none is left, and the next epoch may start
+    close            end_epoch, and the socket goes
 """
 
 import asyncio
@@ -15,7 +20,7 @@ from pathlib import Path
 import msgspec
 
 from tpdist.control.channel import AsyncRouter, Codec
-from tpdist.control.child import Child, describe_exit
+from tpdist.control.child import Child
 from tpdist.control.messages import (
     Assign,
     Connect,
@@ -23,11 +28,14 @@ from tpdist.control.messages import (
     Message,
     RankGone,
     RankHello,
+    RankProgress,
     RankStart,
     RankStop,
     RankUpdate,
 )
+from tpdist.control.progress import ProgressFile
 from tpdist.errors import LostError
+from tpdist.log import LogFormat
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +62,7 @@ class Supervisor:
         environ: Mapping[str, str],
         threads: int | None,
         log_level: str,
+        log_format: LogFormat,
         trace_folder: Path | None,
         spawn: bool,
         report: Callable[[Message], Awaitable[None]],
@@ -64,28 +73,43 @@ class Supervisor:
         self._environ = environ
         self._threads = threads
         self._log_level = log_level
+        self._log_format = log_format
         self._trace_folder = None if trace_folder is None else str(trace_folder)
         self._spawn = spawn
         self._report = report
         self._plan_address = f"ipc://{run_dir}/plan.sock"
+        self._progress_path = run_dir / "progress"
         self._router = AsyncRouter(name="ranks", codec=Codec())
         self.address = self._router.bind(f"ipc://{run_dir}/ranks.sock")
+        self._listening = asyncio.create_task(self._listen())
+        self._closed = False
+        self._end_lock = asyncio.Lock()
+        self._forget()
+
+    def _forget(self) -> None:
+        """Be ready for the ranks of another epoch."""
         self._assign: Assign | None = None
         self._connect: Connect | None = None
+        self._progress: ProgressFile | None = None
         self._hellos: dict[bytes, RankHello] = {}
         self._reported: dict[int, asyncio.Event] = {}
         self._children: list[Child] = []
-        self._stopping = False
-        self._tasks: list[asyncio.Task[None]] = [asyncio.create_task(self._listen())]
+        self._tasks: list[asyncio.Task[None]] = []
+        self._ending = False
 
     async def start(self, assign: Assign) -> None:
         """Start the ranks of an assignment (or, under torchrun, give it to those that have connected)."""
+        if self._closed:
+            return
         if self._threads is not None:
             assign = msgspec.structs.replace(assign, threads=self._threads)
         self._assign = assign
+        self._progress = ProgressFile(
+            self._progress_path, first_rank=assign.first_rank, num_ranks=assign.local_world_size
+        )
         for local_rank in range(assign.local_world_size):
             self._reported[assign.first_rank + local_rank] = asyncio.Event()
-            if self._spawn and not self._stopping:
+            if self._spawn:
                 self._start_child(local_rank, assign)
         for identity, hello in self._hellos.items():
             await self._give_orders(identity, hello)
@@ -96,21 +120,48 @@ class Supervisor:
         for identity in self._hellos:
             await self._router.send(identity, connect)
 
-    async def stop(self, *, grace_s: float = STOP_GRACE_S) -> None:
-        """Ask the ranks to end, kill those that have not after a grace time, and wait until they are gone."""
-        self._stopping = True
+    def progress(self) -> tuple[RankProgress, ...]:
+        """How far the ranks are that have said hello, if all have."""
+        hellos = sorted(self._hellos.values(), key=lambda hello: hello.local_rank)
+        if self._assign is None or self._progress is None or len(hellos) < self._assign.local_world_size:
+            return ()
+        return self._progress.read([hello.pid for hello in hellos])
+
+    async def end_epoch(self, *, grace_s: float = STOP_GRACE_S) -> None:
+        """Ask the ranks to end, kill those that have not after a grace time, and wait until they are gone. Raises
+        LostError when one does not die."""
+        async with self._end_lock:
+            left = await self._end_ranks(grace_s)
+        if left:
+            raise LostError(f"processes {left} do not die after SIGKILL, perhaps because a device does not answer")
+
+    async def _end_ranks(self, grace_s: float) -> list[int]:
+        """Returns the processes that are left."""
+        self._ending = True
         for identity in self._hellos:
             await self._router.send(identity, RankStop())
         await _all_ended(self._children, grace_s)
         for child in self._children:
             child.kill()
         await _all_ended(self._children, KILL_GRACE_S)
-        for child in self._children:
-            if not child.exited.done():
-                logger.error("process %d does not die, perhaps because a device does not answer", child.pid)
+        left = [child.pid for child in self._children if not child.exited.done()]
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._forget()
+        return left
+
+    async def close(self, *, grace_s: float = STOP_GRACE_S) -> None:
+        """End the ranks for good. Nothing happens the second time."""
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            await self.end_epoch(grace_s=grace_s)
+        except LostError as error:
+            logger.error("%s", error)
+        self._listening.cancel()
+        await asyncio.gather(self._listening, return_exceptions=True)
         self._router.close()
 
     def _start_child(self, local_rank: int, assign: Assign) -> None:
@@ -119,7 +170,7 @@ class Supervisor:
             *(sys.executable, "-m", "tpdist.worker", "--agent", self.address),
             *("--local-rank", str(local_rank), "--parent-pid", str(os.getpid())),
         )
-        child = Child(command, rank_environment(self._environ, assign))
+        child = Child(command, rank_environment(self._environ, assign), rank=rank, epoch=assign.epoch)
         self._children.append(child)
         self._tasks.append(asyncio.create_task(self._watch(rank, child)))
 
@@ -129,10 +180,10 @@ class Supervisor:
         self._tasks.append(relay)
         exit_code = await child.exited
         await asyncio.wait({relay}, timeout=REPORT_GRACE_S)
-        if self._stopping or await _happens(self._reported[rank], REPORT_GRACE_S):
+        if self._ending or await _happens(self._reported[rank], REPORT_GRACE_S):
             return
         code = exit_code if exit_code > 0 else LostError.exit_code
-        cause, lines = describe_exit(exit_code), tuple(child.last_lines)
+        cause, lines = child.describe_end(), tuple(child.last_lines)
         await self._report(RankGone(rank=rank, exit_code=code, cause=cause, last_lines=lines))
 
     async def _listen(self) -> None:
@@ -161,10 +212,12 @@ class Supervisor:
             local_rank=hello.local_rank,
             model=self._model(),
             log_level=self._log_level,
+            log_format=self._log_format,
             assign=self._assign,
             key_file=self._key_file,
             engine_address=self._engine_address,
             plan_address=self._plan_address,
+            progress_file=str(self._progress_path),
             trace_folder=self._trace_folder,
         )
         await self._router.send(identity, start)

@@ -1,18 +1,27 @@
 """The cluster as people and other nodes see it: /v1/cluster, `tpdist status`, /readyz. Pure."""
 
-from tpdist.control.messages import ClusterState, EngineStats, NodeView, RankUpdate, RankView
-from tpdist.control.state import Node, State, node_id
+from tpdist.control.messages import ClusterState, EngineStats, NodeView, RankUpdate, RankView, RestartView
+from tpdist.control.state import Node, RankPace, State, node_id
 from tpdist.errors import InterruptedByUser
 
 
-def view(state: State, now: float, *, stats: EngineStats) -> ClusterState:
-    """What every node is told of the cluster."""
+def view(state: State, now: float, *, stats: EngineStats, retried: int = 0) -> ClusterState:
+    """What every node is told of the cluster. `retried`: requests that went on in another epoch."""
     return ClusterState(
         state=_state_name(state),
         reason=_reason(state),
         epoch=state.epoch,
         phase=state.phase,
         nodes=tuple(_node_view(state, node, now) for node in state.ordered),
+        standbys=tuple(_standby_view(node, now) for node in state.standbys.values()),
+        restarts=tuple(
+            RestartView(
+                epoch=each.epoch, cause=each.failure.cause, reason=each.failure.reason, age_s=round(now - each.at, 1)
+            )
+            for each in state.restarts
+        ),
+        startup_s={phase: round(seconds, 3) for phase, seconds in state.startup_s.items()},
+        retried=retried,
         plan=state.layout.plan if state.layout else {},
         engine=state.engine,
         stats=stats,
@@ -22,7 +31,9 @@ def view(state: State, now: float, *, stats: EngineStats) -> ClusterState:
 def _state_name(state: State) -> str:
     if state.outcome is not None:
         return "draining" if state.outcome[0] in (0, InterruptedByUser.exit_code) else "failed"
-    return state.phase if state.phase in ("ready", "draining") else "starting"
+    if state.phase in ("ready", "draining"):
+        return state.phase
+    return "recovering" if state.restarts else "starting"
 
 
 def _reason(state: State) -> str:
@@ -30,7 +41,12 @@ def _reason(state: State) -> str:
         return state.outcome[1]
     if state.phase == "draining":
         return state.draining_reason
-    return "" if state.phase == "ready" else f"phase {state.phase}"
+    if state.phase == "ready":
+        return ""
+    if not state.restarts:
+        return f"phase {state.phase}"
+    last = state.restarts[-1]
+    return f"phase {state.phase}, because epoch {last.epoch} ended: {last.failure.cause}"
 
 
 def _node_view(state: State, node: Node, now: float) -> NodeView:
@@ -43,7 +59,22 @@ def _node_view(state: State, node: Node, now: float) -> NodeView:
         pid=node.register.pid,
         state=_node_state(node),
         last_seen_s=round(now - node.last_seen, 3),
-        ranks=tuple(_rank_view(update, first_rank=first_rank) for _, update in sorted(node.ranks.items())),
+        ranks=tuple(
+            _rank_view(update, node.paces.get(rank), now, first_rank=first_rank)
+            for rank, update in sorted(node.ranks.items())
+        ),
+    )
+
+
+def _standby_view(node: Node, now: float) -> NodeView:
+    return NodeView(
+        node_id="standby",
+        role="standby",
+        host=node.register.hostname,
+        pid=node.register.pid,
+        state="starting" if node.fingerprint is None else "ready",
+        last_seen_s=round(now - node.last_seen, 3),
+        ranks=(),
     )
 
 
@@ -54,15 +85,18 @@ def _node_state(node: Node) -> str:
     return "ready" if ready else "starting"
 
 
-def _rank_view(update: RankUpdate, *, first_rank: int) -> RankView:
+def _rank_view(update: RankUpdate, pace: RankPace | None, now: float, *, first_rank: int) -> RankView:
     return RankView(
         rank=update.rank,
         local_rank=update.rank - first_rank,
         pid=update.pid,
         device=update.device,
         state=update.phase,
-        step=update.step,
+        step=0 if pace is None else pace.progress.step,
         weight_bytes=update.weight_bytes,
         kv_blocks=update.kv_blocks,
         held=update.held,
+        step_age_s=0.0 if pace is None else round(now - pace.advanced_at, 3),
+        load_bytes=update.done,
+        load_s=update.load_s,
     )

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tpdist.control.messages import SequenceStart, SlotBlocks, SlotWork, StepPlan, StepResult
+from tpdist.control.progress import Watch
 from tpdist.engine.batch import PromptChunk, Samples, SlotTable
 from tpdist.engine.decode_graphs import DecodeGraphs, Forward, Recorder
 from tpdist.engine.kv_cache import KVCache
@@ -40,7 +41,8 @@ class Model(Forward, Protocol):
 
 class Runner:
     """Holds the state of one rank in one epoch. `max_model_len` bounds sequences together with the size of the cache,
-    as it does in the scheduler. `group` is this stage's, `pipe` leads to the other stages."""
+    as it does in the scheduler. `group` is this stage's, `pipe` leads to the other stages. `watch` notes each step that
+    is begun."""
 
     def __init__(
         self,
@@ -54,6 +56,7 @@ class Runner:
         device: torch.device,
         pipe: Pipe | None = None,
         trace: Trace | None = None,
+        watch: Watch | None = None,
         use_graphs: bool = False,
         record: Recorder | None = None,
     ) -> None:
@@ -61,6 +64,7 @@ class Runner:
         self._group = group
         self._pipe = pipe or Alone()
         self._trace = trace or Trace(None, rank=0)
+        self._watch = watch or Watch()
         self._cache = cache
         self._epoch = epoch
         self._device = device
@@ -168,6 +172,7 @@ class Runner:
                 f"{self._epoch} is next"
             )
         self._step = plan.step
+        self._watch.begin_step(plan.step)
 
     def _score_prompts(self, plan: StepPlan, hidden: Tensor) -> dict[int, Tensor]:
         """By slot, the scores of the prompt's tokens that this step predicts, on rank 0; nothing elsewhere. Every rank

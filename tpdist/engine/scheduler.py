@@ -32,8 +32,10 @@ took its place and cannot take it back. A low priority may wait as long as highe
 """
 
 import random
+import time
 from bisect import insort
 from collections import deque
+from collections.abc import Callable
 from math import inf
 from operator import attrgetter
 
@@ -59,7 +61,7 @@ _shortest_first = attrgetter("priority", "num_unscheduled", "arrival")
 class Scheduler:
     """`epoch` stands on every plan; `seed` decides the seeds of requests that bring none. With several stages, so many
     steps are in flight at once: each takes its part of the decodes and of the budget, and plans bring the tokens that
-    were sampled meanwhile."""
+    were sampled meanwhile. `clock` is read for the time that requests wait; nothing is decided by it."""
 
     def __init__(
         self,
@@ -74,6 +76,7 @@ class Scheduler:
         seed: int = 0,
         enable_prefix_caching: bool = True,
         num_stages: int = 1,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         assert min(max_num_seqs, max_num_batched_tokens) >= 1, "a step must be able to run one token"
         self._limits = Limits(
@@ -86,6 +89,7 @@ class Scheduler:
         self._num_stages = num_stages
         self._max_num_batched_tokens = -(-max_num_batched_tokens // num_stages)
         self._epoch = epoch
+        self._clock = clock
         self._random = random.Random(seed)
         self._step = 0
         self._arrivals = 0
@@ -115,7 +119,11 @@ class Scheduler:
         self._limits.check(request)
         self._arrivals += 1
         sequence = new_sequence(
-            request, arrival=self._arrivals, seed=self._random.randint(0, MAX_SEED), capacity=self.capacity
+            request,
+            arrival=self._arrivals,
+            now=self._clock(),
+            seed=self._random.randint(0, MAX_SEED),
+            capacity=self.capacity,
         )
         self._sequences[request.request_id] = sequence
         insort(self._waiting, sequence, key=_in_order)
@@ -261,6 +269,8 @@ class Scheduler:
 
     def _start(self, sequence: Sequence, found: list[int], draft: Draft) -> None:
         insort(self._running, sequence, key=_in_order)
+        if sequence.queue_s is None:
+            sequence.queue_s = max(0.0, self._clock() - sequence.arrived_s)
         draft.start(sequence, self._free_slots.pop())
         self._tables.start(sequence, found)
         draft.add_blocks(sequence, found)

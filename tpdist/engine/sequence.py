@@ -22,12 +22,14 @@ class Sequence:
     scheduled nor preempted. `restarted`: it was preempted at least once.
 
     `block_digests` name its first full blocks, as far as somebody asked. `num_cached` prompt tokens were found in the
-    prefix cache before it was ever preempted. `num_prompt_logprobs` entries of its prompt were delivered.
+    prefix cache before it was ever preempted. `num_prompt_logprobs` entries of its prompt were delivered. It came to
+    the engine at `arrived_s` (monotonic), and waited `queue_s` for its first start.
     """
 
     request_id: str
     priority: int
     arrival: int
+    arrived_s: float
     sampling: SamplingParams
     seed: int
     stop_token_ids: tuple[int, ...]
@@ -44,6 +46,7 @@ class Sequence:
     restarted: bool = False
     num_cached: int = 0
     num_prompt_logprobs: int = 0
+    queue_s: float | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -71,13 +74,14 @@ class Sequence:
         prompt_logprobs: tuple[TokenLogprobs, ...] = (),
     ) -> TokenOutput:
         """Add a sampled token; the output has a finish reason if it is the last one."""
-        num_cached = self.num_cached if self.num_tokens == self.num_prompt_tokens else 0
+        is_first = self.num_tokens == self.num_prompt_tokens
+        num_cached, queue_s = (self.num_cached, self.queue_s) if is_first else (0, None)
         self.token_ids.append(token_id)
         self.sample_pending = False
         finish_reason = "length" if self.num_tokens >= self.max_tokens else None
         if token_id in self.stop_token_ids:
             finish_reason = "stop"
-        return TokenOutput(self.request_id, (token_id,), finish_reason, logprobs, prompt_logprobs, num_cached)
+        return TokenOutput(self.request_id, (token_id,), finish_reason, logprobs, prompt_logprobs, num_cached, queue_s)
 
     def deliver(self, start: int, entries: tuple[TokenLogprobs, ...]) -> tuple[TokenLogprobs, ...]:
         """Of the log-probabilities at the prompt's positions `start` + 1 and following, those that were not delivered
@@ -108,9 +112,9 @@ class Sequence:
         return slot
 
 
-def new_sequence(request: Generate, *, arrival: int, seed: int, capacity: int) -> Sequence:
+def new_sequence(request: Generate, *, arrival: int, now: float, seed: int, capacity: int) -> Sequence:
     """`capacity` is the most tokens, prompt and completion, that a sequence can hold. `seed` is for a request without
-    one."""
+    one, `now` (monotonic) for one that nobody stamped when it was handed over."""
     sampling = request.sampling
     num_prompt_tokens = len(request.prompt_token_ids)
     max_tokens = capacity if sampling.max_tokens is None else min(capacity, num_prompt_tokens + sampling.max_tokens)
@@ -119,6 +123,7 @@ def new_sequence(request: Generate, *, arrival: int, seed: int, capacity: int) -
         request_id=request.request_id,
         priority=request.priority,
         arrival=arrival,
+        arrived_s=now if request.handed_over_s is None else request.handed_over_s,
         sampling=sampling,
         seed=seed if sampling.seed is None else sampling.seed,
         stop_token_ids=tuple(dict.fromkeys((*sampling.stop_token_ids, *eos))),

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from tpdist.control.progress import WAITS, Watch
 from tpdist.parallel.group import PeerLostError, RankGroup
 from tpdist.parallel.store import first_line
 
@@ -57,7 +58,7 @@ class Alone:
 class ProcessPipe:
     """Between processes, over torch.distributed. gloo goes through the host's memory, and NCCL from GPU to GPU.
 
-    `group` is the stage's, of which this rank is the global `rank`. Up to `max_in_flight` steps may be on their way to
+    `group` is the stage's, of which this rank is the global `rank`. `watch` notes each wait for another stage. Up to `max_in_flight` steps may be on their way to
     the next stage; a further one waits for the oldest, and that for `timeout_s` at most, as does every receive.
     """
 
@@ -72,6 +73,7 @@ class ProcessPipe:
         device: torch.device,
         max_in_flight: int,
         timeout_s: float,
+        watch: Watch | None = None,
     ) -> None:
         first = rank - group.rank
         self._group = group
@@ -84,6 +86,7 @@ class ProcessPipe:
         self._on_host = device.type == "cpu" or dist.get_backend() == "gloo"
         self._max_in_flight = max_in_flight
         self._timeout = timedelta(seconds=timeout_s)
+        self._watch = watch or Watch()
         self._sending: deque[tuple[dist.Work | None, Tensor]] = deque()
 
     @property
@@ -124,9 +127,11 @@ class ProcessPipe:
 
     @contextmanager
     def _reported(self, name: str, peer: int) -> Iterator[None]:
-        """Turn torch.distributed's errors, which are RuntimeErrors, into PeerLostError."""
+        """Note the wait, and turn torch.distributed's errors, which are RuntimeErrors, into PeerLostError."""
+        self._watch.enter(WAITS.index(name))
         try:
             yield
+            self._watch.leave()
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:

@@ -10,18 +10,7 @@ from pathlib import Path
 
 import psutil
 
-
-@dataclass(frozen=True)
-class MemoryFiles:
-    """Names of one cgroup version's files, and of the reclaimable part in its memory.stat."""
-
-    limit: str
-    usage: str
-    reclaimable: str
-
-
-V1 = MemoryFiles("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-V2 = MemoryFiles("memory.max", "memory.current", "inactive_file")
+from tpdist.control.cgroup import cgroup_folders, memory_cgroups, read_key, read_number, read_text
 
 
 @dataclass(frozen=True)
@@ -37,11 +26,11 @@ def memory(*, proc: Path = Path("/proc"), sys: Path = Path("/sys")) -> Memory:
     """
     machine = psutil.virtual_memory()
     total, available = machine.total, machine.available
-    for folder, files in _memory_cgroups(proc, sys):
-        limit = _read_number(folder / files.limit)
+    for folder, files in memory_cgroups(proc, sys):
+        limit = read_number(folder / files.limit)
         if limit is None:
             continue
-        used = (_read_number(folder / files.usage) or 0) - _reclaimable(folder, files.reclaimable)
+        used = (read_number(folder / files.usage) or 0) - read_key(folder / "memory.stat", files.reclaimable)
         total, available = min(total, limit), min(available, max(0, limit - used))
     return Memory(total, available)
 
@@ -54,60 +43,12 @@ def num_cpus(*, proc: Path = Path("/proc"), sys: Path = Path("/sys")) -> int:
     return max(1, count)
 
 
-def _memory_cgroups(proc: Path, sys: Path) -> Iterator[tuple[Path, MemoryFiles]]:
-    for folder in _folders("memory", proc, sys):
-        yield folder, V1
-    for folder in _folders("", proc, sys):
-        yield folder, V2
-
-
 def _cpu_quotas(proc: Path, sys: Path) -> Iterator[tuple[int, int]]:
-    for folder in _folders("cpu", proc, sys):
-        quota, period = _read_number(folder / "cpu.cfs_quota_us"), _read_number(folder / "cpu.cfs_period_us")
+    for folder in cgroup_folders("cpu", proc, sys):
+        quota, period = read_number(folder / "cpu.cfs_quota_us"), read_number(folder / "cpu.cfs_period_us")
         if quota is not None and period and quota > 0:
             yield quota, period
-    for folder in _folders("", proc, sys):
-        quota_text, _, period_text = _read_text(folder / "cpu.max").partition(" ")
+    for folder in cgroup_folders("", proc, sys):
+        quota_text, _, period_text = read_text(folder / "cpu.max").partition(" ")
         if quota_text.isdecimal() and period_text.isdecimal() and int(period_text) > 0:
             yield int(quota_text), int(period_text)
-
-
-def _folders(controller: str, proc: Path, sys: Path) -> Iterator[Path]:
-    """The cgroup of this process and all around it, innermost first; "" is the one hierarchy of version 2.
-
-    A container often sees only its own part of the tree, at the mount point: parts of the path that do not exist
-    there are skipped.
-    """
-    for line in _read_text(proc / "self/cgroup").splitlines():
-        _, controllers, path = line.split(":", 2)
-        if controller not in controllers.split(","):
-            continue
-        mounts = [sys / "fs/cgroup" / controllers] if controllers else [sys / "fs/cgroup", sys / "fs/cgroup/unified"]
-        parts = [part for part in path.split("/") if part not in ("", "..")]
-        for mount in mounts:
-            for depth in range(len(parts), -1, -1):
-                folder = mount.joinpath(*parts[:depth])
-                if folder.is_dir():
-                    yield folder
-
-
-def _reclaimable(folder: Path, name: str) -> int:
-    for line in _read_text(folder / "memory.stat").splitlines():
-        key, _, value = line.partition(" ")
-        if key == name and value.isdecimal():
-            return int(value)
-    return 0
-
-
-def _read_number(path: Path) -> int | None:
-    """None if the file does not exist or says "max"."""
-    text = _read_text(path)
-    return int(text) if text.removeprefix("-").isdecimal() else None
-
-
-def _read_text(path: Path) -> str:
-    """The file, stripped; "" if this kernel or container does not show it."""
-    try:
-        return path.read_text().strip()
-    except OSError:
-        return ""

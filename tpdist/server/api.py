@@ -8,7 +8,7 @@ from importlib.metadata import version
 from fastapi import FastAPI
 
 from tpdist.server.auth import ApiKeys, RequireApiKey
-from tpdist.server.body import DEFAULT_MAX_BODY_BYTES
+from tpdist.server.body import DEFAULT_MAX_BODY_BYTES, BodyRoom
 from tpdist.server.chat import chat_router
 from tpdist.server.client import EngineClient
 from tpdist.server.completions import completions_router
@@ -52,6 +52,7 @@ def create_app(
     )
     app = FastAPI(title="tpdist", version=version("tpdist"), redirect_slashes=False)
     app.state.max_body_bytes = max_body_bytes
+    app.state.body_room = BodyRoom()
     for router in (completions_router, chat_router, tokenization_router, operations_router):
         app.include_router(router(service))
     app.include_router(unsupported_router())

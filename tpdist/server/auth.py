@@ -15,6 +15,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from tpdist.server.errors import ApiError, error_response
 
 OPEN_PATHS = frozenset({"/livez", "/readyz", "/health"})
+OTHERS_HEADERS = ("origin", "forwarded", "x-forwarded-for", "x-real-ip", "via")
+"""Set by web pages and proxies: who sends one speaks for somebody else, from wherever."""
 
 
 class ApiKeys:
@@ -53,12 +55,13 @@ class RequireApiKey:
 def require_trusted_client(request: Request, *, keys: ApiKeys) -> None:
     """Raise ApiError 403 unless the client has shown a key, or is a program on this machine.
 
-    Without keys only a loopback address counts, and no web page: a browser lets any page post to localhost, and says
-    so in the Origin header.
+    Without keys only a loopback address counts, and no web page and no proxy: a browser lets any page post to
+    localhost, and says so in the Origin header.
     """
     if keys:
         return
-    if not _is_loopback(request.client.host if request.client else None) or "origin" in request.headers:
+    for_others = any(name in request.headers for name in OTHERS_HEADERS)
+    if for_others or not _is_loopback(request.client.host if request.client else None):
         raise ApiError(
             403, "without an API key (--api-key-file) this is allowed from this machine only", code="forbidden"
         )

@@ -161,6 +161,8 @@ async def _read_sequence(job: Job, index: int) -> AsyncGenerator[Piece, None]:
     try:
         async with aclosing(read_pieces(job.service.client.generate, request, reader)) as pieces:
             async for piece in pieces:
+                if piece.queue_s is not None:
+                    timer.was_scheduled(piece.queue_s)
                 if job.prompt_only:
                     piece = _without_tokens(piece)
                 if piece.token_ids:

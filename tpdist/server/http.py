@@ -2,6 +2,8 @@
 
 import asyncio
 import contextlib
+import functools
+import logging
 import math
 import socket
 import ssl
@@ -13,6 +15,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from tpdist.errors import SettingsError
+from tpdist.server.connections import Connections, GuardedProtocol, Limits, Listener
 
 START_POLL_S = 0.005
 STOP_GRACE_S = 2.0
@@ -58,9 +61,11 @@ class HttpServer:
         ssl_certfile: Path | None = None,
         ssl_keyfile: Path | None = None,
         sock: socket.socket | None = None,
+        limits: Limits | None = None,
     ) -> None:
         """Raises SettingsError for an address that cannot be bound, or a certificate that cannot be read."""
-        self._server = _Server(_config(app, ssl_certfile=ssl_certfile, ssl_keyfile=ssl_keyfile))
+        config = _config(app, ssl_certfile=ssl_certfile, ssl_keyfile=ssl_keyfile)
+        self._server = _Server(config, limits or Limits())
         self._socket = sock or bind(host, port)
         self.port = int(self._socket.getsockname()[1])
         self._scheme = "http" if ssl_certfile is None else "https"
@@ -112,7 +117,21 @@ def check_certificate(certfile: Path | None, keyfile: Path | None) -> None:
 
 
 class _Server(uvicorn.Server):
-    """uvicorn without its signal handlers."""
+    """uvicorn without its signal handlers, and with limits on connections."""
+
+    def __init__(self, config: uvicorn.Config, limits: Limits) -> None:
+        super().__init__(config)
+        self._limits = limits
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        connections = Connections(self._limits)
+        protocol = functools.partial(
+            GuardedProtocol, limits=self._limits, config=self.config, server_state=self.server_state, app_state={}
+        )
+        tls = self.config.ssl
+        listeners: list[Any] = [Listener(sock, protocol, connections=connections, tls=tls) for sock in sockets or ()]
+        self.servers = listeners
+        self.started = True
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -124,8 +143,17 @@ def _config(app: ASGIApp, *, ssl_certfile: Path | None, ssl_keyfile: Path | None
     options: dict[str, Any] = {}
     if ssl_certfile is not None:
         options = {"ssl_certfile": str(ssl_certfile), "ssl_keyfile": str(ssl_keyfile) if ssl_keyfile else None}
+    # A client's mistakes get an answer, and no line in the log; its X-Forwarded-For is nobody's address.
+    logging.getLogger("uvicorn").setLevel(logging.ERROR)
     config = uvicorn.Config(
-        app, lifespan="off", log_config=None, access_log=False, server_header=False, ws="none", **options
+        app,
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        ws="none",
+        **options,
     )
     config.load()
     return config

@@ -4,6 +4,7 @@ Counters and histograms tell of the requests that came to this node; gauges tell
 latest state has it. One registry for each app: nothing is global.
 """
 
+from collections import Counter as Counts
 from collections.abc import Callable, Iterator
 from time import monotonic
 
@@ -55,6 +56,12 @@ class Metrics:
             buckets=INTER_TOKEN_BUCKETS_S,
             registry=registry,
         )
+        self.queue = Histogram(
+            "tpdist_request_queue_time_seconds",
+            "From the arrival of a sequence at the engine until it is scheduled for the first time.",
+            buckets=REQUEST_BUCKETS_S,
+            registry=registry,
+        )
         self.request = Histogram(
             "tpdist_e2e_request_latency_seconds",
             "From the arrival of a request to its last token.",
@@ -74,6 +81,13 @@ class SequenceTimer:
         self._metrics = metrics
         self._arrived_s = arrived_s
         self._last_s: float | None = None
+        self._scheduled = False
+
+    def was_scheduled(self, queue_s: float) -> None:
+        """It waited so long at the engine. One that another engine took up again counts once."""
+        if not self._scheduled:
+            self._scheduled = True
+            self._metrics.queue.observe(queue_s)
 
     def saw_tokens(self, num_tokens: int) -> None:
         now = monotonic()
@@ -108,22 +122,66 @@ class _ClusterCollector(Collector):
         yield _gauge("cluster_epoch", "Epoch of the process group; each failure ends one.", state.epoch)
         yield _gauge("ranks_expected", "Ranks that the cluster has by its plan.", expected)
         yield _gauge("ranks_ready", "Ranks that are ready in this epoch.", ready)
-        yield CounterMetricFamily(
-            "tpdist_num_preemptions",
-            "Sequences that lost their blocks and were computed again.",
-            value=stats.preemptions,
+        yield _counter(
+            "num_preemptions", "Sequences that lost their blocks and were computed again.", stats.preemptions
         )
-        yield CounterMetricFamily(
-            "tpdist_prefix_cache_queries",
+        yield _counter(
+            "prefix_cache_queries",
             "Prompt tokens that were looked up in the prefix cache.",
-            value=stats.prefix_cache_queries,
+            stats.prefix_cache_queries,
         )
-        yield CounterMetricFamily(
-            "tpdist_prefix_cache_hits",
-            "Prompt tokens that were found in the prefix cache.",
-            value=stats.prefix_cache_hits,
+        yield _counter(
+            "prefix_cache_hits", "Prompt tokens that were found in the prefix cache.", stats.prefix_cache_hits
         )
+        yield _counter("request_retries", "Requests that went on in another epoch than they began in.", state.retried)
+        yield from _of_epochs(state)
+        yield from _of_ranks(state)
+
+
+def _of_epochs(state: ClusterState) -> Iterator[Metric]:
+    """Why epochs ended, and how long this one took to start."""
+    aborts = CounterMetricFamily("tpdist_epoch_aborts", "Epochs that a failure ended, by its kind.", labels=["reason"])
+    for reason, count in sorted(Counts(restart.reason for restart in state.restarts).items()):
+        aborts.add_metric([reason], count)
+    yield aborts
+    age = GaugeMetricFamily("tpdist_last_epoch_abort_age_seconds", "Since the last of them; absent without any.")
+    if state.restarts:
+        age.add_metric([], state.restarts[-1].age_s)
+    yield age
+    startup = GaugeMetricFamily(
+        "tpdist_startup_phase_seconds", "How long each phase of this epoch's start took.", labels=["phase"]
+    )
+    for phase, seconds in state.startup_s.items():
+        startup.add_metric([phase], seconds)
+    yield startup
+
+
+def _of_ranks(state: ClusterState) -> Iterator[Metric]:
+    """What every rank says of itself, by node and rank."""
+    labels = ["node", "rank"]
+    age = GaugeMetricFamily(
+        "tpdist_rank_last_step_age_seconds",
+        "Since the rank advanced last; it grows while it has no work.",
+        labels=labels,
+    )
+    loaded = CounterMetricFamily(
+        "tpdist_weight_load_bytes", "Bytes that the rank read from the checkpoint in this epoch.", labels=labels
+    )
+    load_s = GaugeMetricFamily(
+        "tpdist_weight_load_seconds", "How long it read them; 0 until it has read all.", labels=labels
+    )
+    for node in state.nodes:
+        for rank in node.ranks:
+            where = [node.node_id, str(rank.rank)]
+            age.add_metric(where, rank.step_age_s)
+            loaded.add_metric(where, rank.load_bytes)
+            load_s.add_metric(where, rank.load_s)
+    yield from (age, loaded, load_s)
 
 
 def _gauge(name: str, meaning: str, value: float) -> GaugeMetricFamily:
     return GaugeMetricFamily(f"tpdist_{name}", meaning, value=value)
+
+
+def _counter(name: str, meaning: str, value: float) -> CounterMetricFamily:
+    return CounterMetricFamily(f"tpdist_{name}", meaning, value=value)

@@ -96,16 +96,20 @@ def _cluster(service: Service) -> APIRouter:
 
 
 def cluster_body(state: ClusterState) -> dict[str, Any]:
-    """The body of /v1/cluster. What ranks hold stands beside what was planned, as `measured`."""
+    """The body of /v1/cluster. What ranks hold stands beside what was planned, as `measured`; what else the head knows
+    of ranks and restarts is in the metrics."""
     nodes = msgspec.to_builtins(state.nodes)
-    measured = [{"rank": rank["rank"], **held} for node in nodes for rank in node["ranks"] for held in rank.pop("held")]
+    ranks = [rank for node in nodes for rank in node["ranks"]]
+    measured = [{"rank": rank["rank"], **held} for rank in ranks for held in rank["held"]]
+    for node in nodes:
+        node["ranks"] = [{key: rank[key] for key in responses.Rank.model_fields} for rank in node["ranks"]]
     return {
         "state": state.state,
         "epoch": state.epoch,
         "phase": state.phase,
         "nodes": nodes,
         "plan": {**state.plan, "measured": measured},
-        "restarts": msgspec.to_builtins(state.restarts),
+        "restarts": [{"epoch": restart.epoch, "cause": restart.cause} for restart in state.restarts],
     }
 
 

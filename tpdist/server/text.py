@@ -148,6 +148,7 @@ class Piece(msgspec.Struct, frozen=True, kw_only=True):
     logprobs: tuple[TokenLogprobs, ...] = ()
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
     num_cached_tokens: int = 0
+    queue_s: float | None = None
     finish_reason: str | None = None
     stop_reason: str | int | None = None
 
@@ -200,6 +201,7 @@ class TextReader:
             logprobs=output.logprobs[:used],
             prompt_logprobs=output.prompt_logprobs,
             num_cached_tokens=output.num_cached_tokens,
+            queue_s=output.queue_s,
             finish_reason="stop" if self.stop_string_found else output.finish_reason,
             stop_reason=self._stops.found or self._stop_token(output),
         )

@@ -1,0 +1,105 @@
+"""Whether the kernel killed a process because memory ran out, and whose limit that was.
+
+A process that gets SIGKILL does not see from where. The kernel counts its own such kills in every cgroup (oom_kill),
+and logs each with the number of the process; what counts is what came since the process was started.
+"""
+
+import os
+import re
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from tpdist.control.cgroup import PROC, SYS, MemoryFiles, memory_cgroups, read_key, read_number
+from tpdist.plan.amounts import amount
+
+KERNEL_LOG = Path("/dev/kmsg")
+RECORD_BYTES = 8192
+CLOCK_SLACK_US = 1_000_000
+MACHINE = "this machine has no memory left"
+
+
+@dataclass(frozen=True)
+class _Counts:
+    """Of one cgroup: processes killed, and how often its limit was hit."""
+
+    kills: int
+    hits: int
+    limit: int | None
+
+
+class MemoryKills:
+    """Those of this process's cgroup and of the ones around it, in which its children run too, from now on."""
+
+    def __init__(self, *, proc: Path = PROC, sys: Path = SYS, kernel_log: Path = KERNEL_LOG) -> None:
+        self._proc = proc
+        self._sys = sys
+        self._kernel_log = kernel_log
+        self._since_us = int(time.monotonic() * 1e6) - CLOCK_SLACK_US
+        self._before = self._read()
+
+    def limit_of(self, pid: int) -> str | None:
+        """Which limit process `pid`, whom SIGKILL has ended, was killed for, in words. None: it was not, as far as this
+        machine shows."""
+        now = self._read()
+        risen = [folder for folder in now if now[folder].kills > self._of_before(folder).kills]
+        line = self._logged(pid)
+        if not risen and line is None:
+            return None
+        hit = [folder for folder in now if now[folder].hits > self._of_before(folder).hits]
+        if line is not None and "cgroup" not in line:
+            hit = []
+        limits = [(limit, folder) for folder in hit if (limit := now[folder].limit) is not None]
+        if not limits:
+            return MACHINE
+        limit, folder = min(limits)
+        return f"cgroup limit {amount(limit)}, {folder}"
+
+    def _of_before(self, folder: Path) -> _Counts:
+        return self._before.get(folder, _Counts(0, 0, None))
+
+    def _read(self) -> dict[Path, _Counts]:
+        return {folder: _read_counts(folder, files) for folder, files in memory_cgroups(self._proc, self._sys)}
+
+    def _logged(self, pid: int) -> str | None:
+        """The line of the kernel's log that names `pid`. In a container it has the machine's numbers, or cannot be
+        read."""
+        for line in _records(self._kernel_log):
+            found = re.match(rf"\d+,\d+,(\d+),[^;]*;(.*\bKilled process {pid} .*)", line)
+            if found and int(found[1]) >= self._since_us:
+                return found[2]
+        return None
+
+
+def _read_counts(folder: Path, files: MemoryFiles) -> _Counts:
+    hits = folder / files.hits
+    return _Counts(
+        kills=read_key(folder / files.kills, "oom_kill"),
+        hits=read_key(hits, files.hits_key) if files.hits_key else read_number(hits) or 0,
+        limit=read_number(folder / files.limit),
+    )
+
+
+def _records(path: Path) -> Iterator[str]:
+    """Lines of the kernel's log as /dev/kmsg gives them, one record a read; none where it cannot be read."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    except OSError:
+        return
+    try:
+        while record := _read_record(descriptor):
+            yield from record.decode(errors="replace").splitlines()
+    finally:
+        os.close(descriptor)
+
+
+def _read_record(descriptor: int) -> bytes:
+    """Empty when there is no more."""
+    while True:
+        try:
+            return os.read(descriptor, RECORD_BYTES)
+        except BrokenPipeError:
+            continue  # records were overwritten while we read: the next read goes on behind them
+        except OSError:
+            return b""
