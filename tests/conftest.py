@@ -26,3 +26,8 @@ def nothing_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
     left = set(psutil.Process().children(recursive=True)) - before
     assert not [child for child in left if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
     assert not list(tmp_path.glob("tpdist-*"))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--reliability", metavar="PAGE", help="write the figures of tests/e2e/faults into this page")
+    parser.addoption("--soak", type=float, default=60.0, metavar="S", help="how long faults follow one another")

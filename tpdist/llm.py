@@ -9,7 +9,7 @@ import atexit
 import os
 import threading
 from collections.abc import Coroutine, Iterable, Sequence
-from contextlib import ExitStack, aclosing
+from contextlib import ExitStack, aclosing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -19,7 +19,7 @@ import msgspec
 
 from tpdist.control.agent import Outcome
 from tpdist.control.messages import ClusterState, DrainRequest, Generate
-from tpdist.errors import RequestError, SettingsError, TpdistError, error_for
+from tpdist.errors import LostError, RequestError, SettingsError, TpdistError, error_for
 from tpdist.node import Model, Node, open_model_later, run_directory
 from tpdist.sampling_params import SamplingParams
 from tpdist.server.answers import (
@@ -81,11 +81,12 @@ class LLM:
             llm.generate(["Hello"], SamplingParams(max_tokens=16))
 
     `options` are those of `tpdist serve` with underscores: tensor_parallel_size, dtype, device, max_model_len, ...
-    Raises the TpdistError that a `tpdist serve` would have ended with.
+    Lost ranks end it, unless max_restarts says that they are started again. Raises the TpdistError that a `tpdist
+    serve` would have ended with.
     """
 
     def __init__(self, model: str | Path, **options: Any) -> None:
-        self._settings = Settings.load({"log_level": "WARNING", **options})
+        self._settings = Settings.load({"log_level": "WARNING", "max_restarts": 0, **options})
         if self._settings.role not in (Role.SINGLE, Role.HEAD):
             raise SettingsError(f"LLM cannot run as a {self._settings.role.value}; use `tpdist serve` there")
         self._loop = asyncio.new_event_loop()
@@ -185,6 +186,7 @@ class LLM:
         self, prompts: Sequence[Prompt], sampling: Sequence[SamplingParams], priorities: Sequence[int]
     ) -> list[RequestOutput]:
         try:
+            await self._node.agent.wait_ready()
             return await _gather(
                 self._answer_prompt(prompt, of_prompt, priority)
                 for prompt, of_prompt, priority in zip(prompts, sampling, priorities, strict=True)
@@ -192,7 +194,17 @@ class LLM:
         except RequestError as error:
             if error.status < INTERNAL_SERVER_ERROR:
                 raise
+            if await self._recovers():
+                raise LostError(f"{error}; the ranks are being started again") from error
             raise await self._end_of_node() from error
+
+    async def _recovers(self) -> bool:
+        """Whether this node goes on although a request was lost: it is told of either after that."""
+        if self._settings.max_restarts == 0:
+            return False
+        with suppress(RequestError):
+            await self._node.agent.wait_until(lambda state: state.state != "ready")
+        return self._node.agent.state().state == "recovering"
 
     async def _end_of_node(self) -> TpdistError:
         """Why the node is ending: it has the first cause when it has ended."""

@@ -22,10 +22,15 @@ class Machine:
 
     name: str
     address: str
+    hub: str
 
     @property
     def prefix(self) -> tuple[str, ...]:
         return ("ip", "netns", "exec", self.name)
+
+    def link(self, state: str) -> None:
+        """Pull the cable ("down") or plug it in ("up"), at the other end: this machine's interface stays as it is."""
+        _ip("-n", self.hub, "link", "set", _port(self.address), state)
 
     def call(self, function: Callable[..., Any], *args: Any) -> Any:
         """What `function` returns when its sockets are those of this machine."""
@@ -48,25 +53,41 @@ def why_not() -> str:
 
 
 @contextmanager
-def machines(count: int) -> Iterator[list[Machine]]:
-    """`count` namespaces that reach each other. They go afterwards, and their interfaces with them."""
+def machines(count: int, *, visible: bool = False) -> Iterator[list[Machine]]:
+    """`count` namespaces that reach each other; this process reaches them too if they are `visible`. They go afterwards,
+    and their interfaces with them."""
     run = uuid.uuid4().hex[:6]
     hub = f"tpd-{run}-hub"
-    made = [Machine(f"tpd-{run}-{index}", f"{SUBNET}.{index + 1}") for index in range(count)]
+    made = [Machine(f"tpd-{run}-{index}", f"{SUBNET}.{index + 1}", hub) for index in range(count)]
     try:
         _ip("netns", "add", hub)
         _ip("-n", hub, "link", "add", "bridge0", "type", "bridge")
         _ip("-n", hub, "link", "set", "bridge0", "up")
         for machine in made:
             _plug_in(machine, hub)
+        if visible:
+            _plug_in_this(run, hub)
         yield made
     finally:
         for name in (*(machine.name for machine in made), hub):
             subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
 
 
+def _plug_in_this(run: str, hub: str) -> None:
+    """Give the namespace of this process an address on the bridge; the interface goes with the hub."""
+    _ip("link", "add", f"tpd-{run}", "type", "veth", "peer", "name", "this", "netns", hub)
+    _ip("-n", hub, "link", "set", "this", "master", "bridge0", "up")
+    _ip("address", "add", f"{SUBNET}.254/24", "dev", f"tpd-{run}")
+    _ip("link", "set", f"tpd-{run}", "up")
+
+
+def _port(address: str) -> str:
+    """The bridge's end of a machine's cable."""
+    return f"p{address.rsplit('.', 1)[1]}"
+
+
 def _plug_in(machine: Machine, hub: str) -> None:
-    port = f"p{machine.address.rsplit('.', 1)[1]}"
+    port = _port(machine.address)
     _ip("netns", "add", machine.name)
     _ip("-n", machine.name, "link", "add", "eth0", "type", "veth", "peer", "name", port, "netns", hub)
     _ip("-n", hub, "link", "set", port, "master", "bridge0", "up")

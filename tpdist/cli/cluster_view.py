@@ -17,6 +17,7 @@ from tpdist.cli.sizes import size
 
 COLUMNS = ("node", "host", "seen", "rank", "device", "state", "step", "weights", "KV blocks")
 RATE_COLUMN = "steps/s"
+WORDS = ("node", "host", "device", "state")
 STYLES = {"ready": "green", "failed": "bold red", "lost": "bold red", "gone": "red", "unreachable": "bold red"}
 OTHER_STYLE = "yellow"
 USUAL_NODE_STATES = ("ready", "starting")
@@ -27,7 +28,8 @@ def cluster_view(now: Snapshot, before: Snapshot | None = None) -> RenderableTyp
     """All of it. `before` is an earlier snapshot of the same cluster, for the rates of steps."""
     cluster = now.cluster
     rates = None if before is None else step_rates(now, before)
-    return Group(_headline(now), *_lines(now), ranks_table(cluster["nodes"], rates=rates), *_restarts(now))
+    table = ranks_table(cluster["nodes"], rates=rates)
+    return Group(_headline(now), *_lines(now), "", table, "", *_restarts(now))
 
 
 def silent_view(problem: str, *, since_s: float, last: RenderableType | None) -> RenderableType:
@@ -42,11 +44,11 @@ def silent_view(problem: str, *, since_s: float, last: RenderableType | None) ->
 def ranks_table(nodes: Sequence[Mapping[str, Any]], *, rates: Mapping[int, float] | None = None) -> Table:
     """One line a rank, in at most 80 columns; a node without ranks shows its own state."""
     columns = [*COLUMNS[:7], *([] if rates is None else [RATE_COLUMN]), *COLUMNS[7:]]
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
     for column in columns:
-        table.add_column(column, justify="right" if column in ("rank", "step", RATE_COLUMN, "KV blocks") else "left")
+        table.add_column(column, justify="left" if column in WORDS else "right", no_wrap=column not in WORDS)
     for node in nodes:
-        seen = f"{_age(node.get('last_seen_s', 0))} ago"
+        seen = _age(node.get("last_seen_s", 0))
         of_node = [str(node.get(key, "-")) for key in ("node_id", "host")] + [seen]
         for rank in node.get("ranks") or [{"state": node.get("state", "-")}]:
             cells = [str(rank.get(key, "-")) for key in ("rank", "device")]
@@ -82,7 +84,7 @@ def _headline(now: Snapshot) -> Text:
 def _lines(now: Snapshot) -> Iterator[Text]:
     """Why it is not ready, how many ranks are, and what they work on."""
     if now.reason and now.cluster["state"] != "ready":
-        yield Text(now.reason, style=OTHER_STYLE)
+        yield Text(now.reason.partition("\n")[0], style=OTHER_STYLE)
     ranks = [rank for node in now.cluster["nodes"] for rank in node.get("ranks", ())]
     metrics = now.metrics
     expected = metrics.get("ranks_expected", len(ranks))
@@ -104,8 +106,10 @@ def _restarts(now: Snapshot) -> Iterator[Text]:
         is_last = number == len(restarts[-MOST_RESTARTS:])
         age_s = now.metrics.get("last_epoch_abort_age_seconds") if is_last else None
         ago = "" if age_s is None else f" {_age(age_s)} ago"
-        cause = str(restart.get("cause"))
-        yield Text(f"epoch {restart.get('epoch')} ended{ago}: {cause if is_last else cause.partition(chr(10))[0]}")
+        cause, _, rest = str(restart.get("cause")).partition("\n")
+        yield Text(f"epoch {restart.get('epoch')} ended{ago}: {cause}")
+        if is_last and rest:
+            yield Text(rest, style="dim")
 
 
 def _state_of(rank: Mapping[str, Any], node: Mapping[str, Any]) -> str:

@@ -13,21 +13,33 @@ SYS = Path("/sys")
 
 @dataclass(frozen=True)
 class MemoryFiles:
-    """Names of one cgroup version's files, and of a key in some: the reclaimable part in memory.stat, and the file and
-    key that count how often the limit was hit (no key: the file is the number). All count `oom_kill` in `kills`."""
+    """Names of one cgroup version's files, and of keys in them: the reclaimable part in memory.stat; in `kills`, killed
+    processes under oom_kill; in each of `hits`, how often a limit was hit (without a key, the file is the number)."""
 
     limit: str
     usage: str
     reclaimable: str
     kills: str
-    hits: str
+    hits: tuple[str, ...]
     hits_key: str
 
 
 V1 = MemoryFiles(
-    "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file", "memory.oom_control", "memory.failcnt", ""
+    limit="memory.limit_in_bytes",
+    usage="memory.usage_in_bytes",
+    reclaimable="total_inactive_file",
+    kills="memory.oom_control",
+    hits=("memory.failcnt", "memory.memsw.failcnt"),
+    hits_key="",
 )
-V2 = MemoryFiles("memory.max", "memory.current", "inactive_file", "memory.events", "memory.events", "oom")
+V2 = MemoryFiles(
+    limit="memory.max",
+    usage="memory.current",
+    reclaimable="inactive_file",
+    kills="memory.events",
+    hits=("memory.events",),
+    hits_key="oom",
+)
 
 
 def memory_cgroups(proc: Path = PROC, sys: Path = SYS) -> Iterator[tuple[Path, MemoryFiles]]:
@@ -58,7 +70,9 @@ def cgroup_folders(controller: str, proc: Path = PROC, sys: Path = SYS) -> Itera
 
 
 def read_key(path: Path, name: str) -> int:
-    """The number behind `name` in a file of names and numbers; 0 if it is not there."""
+    """The number behind `name` in a file of names and numbers, or without a name the file; 0 if it is not there."""
+    if not name:
+        return read_number(path) or 0
     for line in read_text(path).splitlines():
         key, _, value = line.partition(" ")
         if key == name and value.isdecimal():

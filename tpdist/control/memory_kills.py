@@ -73,10 +73,9 @@ class MemoryKills:
 
 
 def _read_counts(folder: Path, files: MemoryFiles) -> _Counts:
-    hits = folder / files.hits
     return _Counts(
         kills=read_key(folder / files.kills, "oom_kill"),
-        hits=read_key(hits, files.hits_key) if files.hits_key else read_number(hits) or 0,
+        hits=sum(read_key(folder / name, files.hits_key) for name in files.hits),
         limit=read_number(folder / files.limit),
     )
 

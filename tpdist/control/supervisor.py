@@ -180,7 +180,8 @@ class Supervisor:
         self._tasks.append(relay)
         exit_code = await child.exited
         await asyncio.wait({relay}, timeout=REPORT_GRACE_S)
-        if self._ending or await _happens(self._reported[rank], REPORT_GRACE_S):
+        # A rank that was killed has not said why; what it said of others before must not wait for it.
+        if self._ending or (exit_code >= 0 and await _happens(self._reported[rank], REPORT_GRACE_S)):
             return
         code = exit_code if exit_code > 0 else LostError.exit_code
         cause, lines = child.describe_end(), tuple(child.last_lines)
