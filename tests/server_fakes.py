@@ -79,7 +79,17 @@ def ready_state(**changes: Any) -> ClusterState:
 
 def _node(index: int) -> NodeView:
     rank = RankView(
-        rank=index, local_rank=0, pid=100 + index, device="cpu", state="ready", step=7, weight_bytes=1, kv_blocks=16
+        rank=index,
+        local_rank=0,
+        pid=100 + index,
+        device="cpu",
+        state="ready",
+        step=7,
+        weight_bytes=1,
+        kv_blocks=16,
+        step_age_s=1.5,
+        load_bytes=2**20 + index,
+        load_s=0.25,
     )
     role = "head" if index == 0 else "worker"
     name = "head" if index == 0 else f"worker-{index - 1}"
@@ -99,8 +109,9 @@ class FakeClient:
     """An EngineClient that answers each request with `answer(request)`, `per_step` tokens at a time, then <|end|>.
 
     After `fail_after` tokens it raises `failure`; after `hang_after` tokens it waits for ever. `requests`, `aborted`
-    and `drains` are what it was asked. Of each prompt, `num_cached_tokens` were in the prefix cache. The prompt's
-    log-probabilities come in two parts, the first of them before any token.
+    and `drains` are what it was asked. Of each prompt, `num_cached_tokens` were in the prefix cache. Every output says
+    that the sequence waited `queue_s`. The prompt's log-probabilities come in two parts, the first of them before any
+    token.
     """
 
     def __init__(
@@ -112,6 +123,7 @@ class FakeClient:
         failure: Exception | None = None,
         hang_after: int | None = None,
         num_cached_tokens: int = 0,
+        queue_s: float | None = None,
     ) -> None:
         self.current = ready_state()
         self.requests: list[Generate] = []
@@ -124,6 +136,7 @@ class FakeClient:
         self._failure = failure or RequestError("rank 1 was lost", status=503)
         self._hang_after = hang_after
         self._num_cached_tokens = num_cached_tokens
+        self._queue_s = queue_s
 
     def state(self) -> ClusterState:
         return self.current
@@ -147,7 +160,8 @@ class FakeClient:
                 finished = start + len(step) == len(tokens)
                 most = request.sampling.logprobs
                 logprobs = () if most is None else tuple(logprobs_at(token, most) for token in step)
-                yield TokenOutput(request.request_id, step, reason if finished else None, logprobs, rest, num_cached)
+                ends = reason if finished else None
+                yield TokenOutput(request.request_id, step, ends, logprobs, rest, num_cached, self._queue_s)
                 rest, num_cached = (), 0
         finally:
             if not finished:

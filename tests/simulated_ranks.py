@@ -164,14 +164,14 @@ def request(name: str, prompt: list[int], *, priority: int = 0, **sampling: Any)
     )
 
 
-def scheduler(**changes: int) -> Scheduler:
+def scheduler(**changes: Any) -> Scheduler:
     return Scheduler(**(SIZES | {"vocab_size": VOCAB_SIZE, "epoch": 1} | changes))
 
 
 class Simulation:
     """A scheduler, simulated ranks with a queue of plans, the outputs so far, and the step that ended each answer."""
 
-    def __init__(self, max_in_flight: int = 1, **sizes: int) -> None:
+    def __init__(self, max_in_flight: int = 1, **sizes: Any) -> None:
         """With sizes["num_stages"] above 1, also what the first stage knows is checked."""
         self.scheduler = scheduler(**sizes)
         self.first_stage = FirstStage() if sizes.get("num_stages", 1) > 1 else None

@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 from waiting import within
 
+from tpdist.control.cgroup import V1, V2
 from tpdist.control.child import Child
 from tpdist.control.memory_kills import MACHINE, MemoryKills
 
 PID = 4242
 LIMIT = 64 * 1024**2
-V1 = {"limit": "memory.limit_in_bytes", "kills": "memory.oom_control", "hits": "memory.failcnt"}
-V2 = {"limit": "memory.max", "kills": "memory.events", "hits": "memory.events"}
+FEW = 5
 
 
 class Machine:
@@ -30,17 +30,17 @@ class Machine:
         mount = self.sys / ("fs/cgroup/memory" if version == 1 else "fs/cgroup")
         self.outer, self.inner = mount / "pod", mount / "pod/main"
         for group in (self.outer, self.inner):
-            self.count(group, kills=3, hits=5)
+            self.count(group, kills=3, hits=FEW)
 
     def count(self, group: Path, *, kills: int, hits: int) -> None:
         if self.version == 1:
-            write(group / V1["kills"], f"oom_kill_disable 0\nunder_oom 0\noom_kill {kills}\n")
-            write(group / V1["hits"], f"{hits}\n")
+            write(group / V1.kills, f"oom_kill_disable 0\nunder_oom 0\noom_kill {kills}\n")
+            write(group / "memory.max_usage_in_bytes", f"{100 * LIMIT if hits > FEW else 1}\n")
         else:
-            write(group / V2["kills"], f"low 0\nhigh 0\nmax 9\noom {hits}\noom_kill {kills}\n")
+            write(group / V2.kills, f"low 0\nhigh 0\nmax 9\noom {hits}\noom_kill {kills}\n")
 
     def limit(self, group: Path, num_bytes: int) -> None:
-        write(group / (V1 if self.version == 1 else V2)["limit"], f"{num_bytes}\n")
+        write(group / (V1 if self.version == 1 else V2).limit, f"{num_bytes}\n")
 
     def kills(self) -> MemoryKills:
         return MemoryKills(proc=self.proc, sys=self.sys, kernel_log=self.log)
@@ -112,6 +112,7 @@ def test_the_kernels_log_names_the_process(tmp_path: Path, record: str, expected
 
 HUNGRY = """
 import asyncio, sys
+from tpdist.control.cgroup import V1, V2
 from tpdist.control.child import Child
 
 EAT = "held = bytearray(256 * 1024**2); print('still alive')"
@@ -135,7 +136,7 @@ def small_cgroup() -> Iterator[Path]:
             continue
         try:
             folder.mkdir()
-            (folder / names["limit"]).write_text(str(LIMIT))
+            (folder / names.limit).write_text(str(LIMIT))
             swap = folder / ("memory.swap.max" if names is V2 else "memory.memsw.limit_in_bytes")
             if swap.is_file():
                 swap.write_text(str(LIMIT if names is V1 else 0))

@@ -1,6 +1,7 @@
 """The ranks of a node as real child processes: a small program stands in for a rank and does what a test asks."""
 
 import asyncio
+import json
 import os
 import signal
 import subprocess
@@ -17,6 +18,7 @@ import pytest
 from clusters import assigns_of
 from waiting import within
 
+from tpdist import log
 from tpdist.control.child import describe_exit
 from tpdist.control.messages import Assign, Connect, Message, RankGone, RankUpdate
 from tpdist.control.supervisor import Supervisor, rank_environment
@@ -169,6 +171,43 @@ def test_a_rank_that_is_killed_is_reported_with_the_signal_and_its_last_lines(tm
             assert gone.last_lines == tuple(f"line {line}" for line in range(10, 30))
 
     run(main())
+
+
+def test_in_json_every_line_of_a_rank_is_an_event_and_its_last_lines_are_for_people(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    program = """
+        from tpdist import log
+        import logging
+        start = hello()
+        assert start.log_format == "json"
+        print("free(): invalid pointer", flush=True)
+        log.configure(log_format=start.log_format, node="head", rank=2)
+        try:
+            x = "y" * 100_000
+            assert not x, x
+        except AssertionError:
+            logging.getLogger("tpdist").exception("a long event")
+        logging.getLogger("tpdist").info("goodbye")
+        sys.exit(1)
+    """
+
+    async def main() -> tuple[str, ...]:
+        async with ranks(tmp_path, program, log_format="json") as node:
+            gone: RankGone = await node.wait_for(RankGone)
+            return gone.last_lines
+
+    log.configure(log_format="json", node="head")
+    try:
+        last_lines = asyncio.run(within(DEADLINE_S, main()))
+    finally:
+        log.configure()
+    first, second, third = (json.loads(line) for line in capsys.readouterr().err.splitlines())
+    assert (first["rank"], first["epoch"], first["message"]) == (2, 1, "free(): invalid pointer")
+    assert len(second["exception"]) > 100_000
+    assert third["message"] == "goodbye"
+    assert last_lines[0] == "free(): invalid pointer"
+    assert last_lines[-1].endswith(" INFO    goodbye")
 
 
 @pytest.mark.parametrize(("code", "expected"), [(0, 6), (1, 1), (3, 3)])

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -61,6 +62,23 @@ def play(simulation: Simulation, events: list[tuple[str, Any]]) -> dict[str, Gen
                 simulation.add(name, value[0], **value[1])
         simulation.scheduler.check()
     return requests
+
+
+def test_the_first_token_tells_how_long_its_request_waited() -> None:
+    """From when it was handed over, or else was added, to its first start; a preemption does not count anew."""
+    now = 100.0
+    simulation = Simulation(num_blocks=4, block_size=2, max_num_seqs=1, clock=lambda: now)
+    simulation.add("first", [1, 2], max_tokens=3, ignore_eos=True)
+    simulation.scheduler.add(msgspec.structs.replace(request("second", [3]), handed_over_s=90.0))
+    now = 101.5
+    while not simulation.is_finished("first"):
+        simulation.step()
+    now = 107.0
+    simulation.run_to_the_end()
+    waits = {name: [output.queue_s for output in outputs] for name, outputs in simulation.outputs.items()}
+    assert waits["first"] == [1.5, None, None]
+    assert waits["second"][0] == 17.0
+    assert set(waits["second"][1:]) <= {None}
 
 
 @settings(max_examples=400, deadline=None)

@@ -8,7 +8,7 @@ from fastapi import FastAPI
 from prometheus_client.parser import text_string_to_metric_families
 from server_fakes import MODEL, FakeClient, app_for, call, ready_state, small_tokenizer
 
-from tpdist.control.messages import EngineStats
+from tpdist.control.messages import EngineStats, RestartView
 from tpdist.errors import CheckpointError
 from tpdist.server import responses
 from tpdist.server.tokenizer import Tokenizer
@@ -142,6 +142,54 @@ def test_metrics_count_the_prompt_tokens_that_were_found_in_the_prefix_cache(app
     found = samples(app)
     assert found["tpdist_prefix_cache_queries_total"] == 30
     assert found["tpdist_prefix_cache_hits_total"] == 12
+
+
+def test_metrics_tell_of_each_rank_by_its_node(app: FastAPI) -> None:
+    found = samples(app)
+    expected = {
+        "tpdist_rank_last_step_age_secondshead0": 1.5,
+        "tpdist_rank_last_step_age_secondsworker-01": 1.5,
+        "tpdist_weight_load_bytes_totalhead0": 2**20,
+        "tpdist_weight_load_bytes_totalworker-01": 2**20 + 1,
+        "tpdist_weight_load_secondsworker-01": 0.25,
+    }
+    assert {name: found.get(name) for name in expected} == expected
+
+
+def test_metrics_tell_why_epochs_ended_and_how_long_phases_took(app: FastAPI, client: FakeClient) -> None:
+    reasons = ("rank_lost", "node_lost", "rank_lost")
+    restarts = tuple(
+        RestartView(epoch=epoch, cause="x", reason=reason, age_s=100 - epoch)
+        for epoch, reason in enumerate(reasons, start=1)
+    )
+    client.current = ready_state(restarts=restarts, startup_s={"register": 0.5, "load": 12}, retried=4)
+    found = samples(app)
+    expected = {
+        "tpdist_epoch_aborts_totalrank_lost": 2,
+        "tpdist_epoch_aborts_totalnode_lost": 1,
+        "tpdist_last_epoch_abort_age_seconds": 97,
+        "tpdist_startup_phase_secondsregister": 0.5,
+        "tpdist_startup_phase_secondsload": 12,
+        "tpdist_request_retries_total": 4,
+    }
+    assert {name: found.get(name) for name in expected} == expected
+
+
+def test_a_cluster_that_never_failed_has_no_age_of_a_failure(app: FastAPI, client: FakeClient) -> None:
+    client.current = ready_state(restarts=())
+    assert "tpdist_last_epoch_abort_age_seconds" not in samples(app)
+
+
+@pytest.mark.parametrize("options", [{}, {"n": 2}, {"echo": True, "max_tokens": 0, "logprobs": 0}])
+def test_the_wait_of_a_sequence_is_counted_once_however_often_it_is_told(
+    tokenizer: Tokenizer, options: dict[str, Any]
+) -> None:
+    app = app_for(FakeClient(lambda request: [50, 51, 52], queue_s=0.4), tokenizer)
+    assert call(app, "POST", "/v1/completions", json={"model": MODEL, "prompt": [5, 6], **options}).status_code == 200
+    found = samples(app)
+    assert found["tpdist_request_queue_time_seconds_count"] == options.get("n", 1)
+    assert found["tpdist_request_queue_time_seconds_sum"] == pytest.approx(0.4 * options.get("n", 1))
+    assert found["tpdist_request_queue_time_seconds_bucket0.3"] == 0
 
 
 def test_two_apps_in_one_process_count_for_themselves(app: FastAPI, tokenizer: Tokenizer) -> None:

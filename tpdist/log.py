@@ -14,6 +14,7 @@ import re
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any, Literal, TextIO
 
@@ -102,12 +103,15 @@ def logs_json() -> bool:
 
 
 def pass_on(line: str, **context: object) -> None:
-    """Write a line of another process to stderr. In JSON one that is no event becomes one, with this `context`."""
-    if isinstance(sys.stderr, _EventStream):
-        sys.stderr.pass_on(line, context)
-    else:
-        sys.stderr.write(line + "\n")
-        sys.stderr.flush()
+    """Write a line of another process to stderr. In JSON one that is no event becomes one, with this `context`. Where
+    nothing can be written, because the disk is full or nobody reads any more, the line is lost, as the log's own are.
+    """
+    with suppress(OSError):
+        if isinstance(sys.stderr, _EventStream):
+            sys.stderr.pass_on(line, context)
+        else:
+            sys.stderr.write(line + "\n")
+            sys.stderr.flush()
 
 
 def show_error(message: str, *, exit_code: int, traceback: str = "") -> None:

@@ -54,8 +54,8 @@ def why_not() -> str:
 
 @contextmanager
 def machines(count: int, *, visible: bool = False) -> Iterator[list[Machine]]:
-    """`count` namespaces that reach each other; this process reaches them too if they are `visible`. They go afterwards,
-    and their interfaces with them."""
+    """`count` namespaces that reach each other; this process reaches them too if they are `visible`. They go
+    afterwards, and their interfaces with them."""
     run = uuid.uuid4().hex[:6]
     hub = f"tpd-{run}-hub"
     made = [Machine(f"tpd-{run}-{index}", f"{SUBNET}.{index + 1}", hub) for index in range(count)]

@@ -100,6 +100,6 @@ def _show_measured(state: ClusterState) -> None:
 
 @contextmanager
 def _printing() -> Iterator[Console]:
-    """The log's terminal. Once nobody reads it any more, a node serves on without."""
-    with suppress(BrokenPipeError):
+    """The log's terminal. Once nobody reads it any more, or the disk is full, a node serves on without."""
+    with suppress(OSError):
         yield Console(stderr=True, highlight=False)

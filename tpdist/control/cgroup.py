@@ -13,15 +13,15 @@ SYS = Path("/sys")
 
 @dataclass(frozen=True)
 class MemoryFiles:
-    """Names of one cgroup version's files, and of keys in them: the reclaimable part in memory.stat; in `kills`, killed
-    processes under oom_kill; in each of `hits`, how often a limit was hit (without a key, the file is the number)."""
+    """Names of one cgroup version's files, and of the reclaimable part in its memory.stat. `kills` counts processes
+    killed, as oom_kill. Whether they were for this cgroup's limit: version 2 counts that too, as oom, version 1 has but
+    the most that was ever used."""
 
     limit: str
     usage: str
     reclaimable: str
     kills: str
-    hits: tuple[str, ...]
-    hits_key: str
+    most: str | None
 
 
 V1 = MemoryFiles(
@@ -29,16 +29,10 @@ V1 = MemoryFiles(
     usage="memory.usage_in_bytes",
     reclaimable="total_inactive_file",
     kills="memory.oom_control",
-    hits=("memory.failcnt", "memory.memsw.failcnt"),
-    hits_key="",
+    most="memory.max_usage_in_bytes",
 )
 V2 = MemoryFiles(
-    limit="memory.max",
-    usage="memory.current",
-    reclaimable="inactive_file",
-    kills="memory.events",
-    hits=("memory.events",),
-    hits_key="oom",
+    limit="memory.max", usage="memory.current", reclaimable="inactive_file", kills="memory.events", most=None
 )
 
 
@@ -70,9 +64,7 @@ def cgroup_folders(controller: str, proc: Path = PROC, sys: Path = SYS) -> Itera
 
 
 def read_key(path: Path, name: str) -> int:
-    """The number behind `name` in a file of names and numbers, or without a name the file; 0 if it is not there."""
-    if not name:
-        return read_number(path) or 0
+    """The number behind `name` in a file of names and numbers; 0 if it is not there."""
     for line in read_text(path).splitlines():
         key, _, value = line.partition(" ")
         if key == name and value.isdecimal():

@@ -45,7 +45,7 @@ logger = logging.getLogger(__name__)
 KEY_BYTES = 32
 OTHERS_MODE = 0o077
 LINGER_MS = 2000
-HANDSHAKE_MS = 10_000
+HANDSHAKE_MS = 5_000
 BACKLOG = 4096
 
 

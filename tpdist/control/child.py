@@ -20,7 +20,7 @@ from tpdist.control.memory_kills import MemoryKills
 
 NUM_LAST_LINES = 20
 MAX_LINE_CHARS = 4096
-MAX_UNENDED_CHARS = 64 * 1024
+MAX_UNENDED_CHARS = 1024 * 1024
 CHUNK_BYTES = 64 * 1024
 
 

@@ -22,11 +22,16 @@ MACHINE = "this machine has no memory left"
 
 @dataclass(frozen=True)
 class _Counts:
-    """Of one cgroup: processes killed, and how often its limit was hit."""
+    """Of one cgroup: processes killed in it, how often a kill was for its own limit (version 2), and whether it ever was
+    full (version 1)."""
 
     kills: int
     hits: int
+    was_full: bool
     limit: int | None
+
+
+NONE = _Counts(0, 0, False, None)
 
 
 class MemoryKills:
@@ -42,22 +47,18 @@ class MemoryKills:
     def limit_of(self, pid: int) -> str | None:
         """Which limit process `pid`, whom SIGKILL has ended, was killed for, in words. None: it was not, as far as this
         machine shows."""
-        now = self._read()
-        risen = [folder for folder in now if now[folder].kills > self._of_before(folder).kills]
-        line = self._logged(pid)
-        if not risen and line is None:
+        now, before, line = self._read(), self._before, self._logged(pid)
+        if line is None and not any(now[folder].kills > before.get(folder, NONE).kills for folder in now):
             return None
-        hit = [folder for folder in now if now[folder].hits > self._of_before(folder).hits]
-        if line is not None and "cgroup" not in line:
-            hit = []
-        limits = [(limit, folder) for folder in hit if (limit := now[folder].limit) is not None]
-        if not limits:
+        limits = [
+            (each.limit, folder)
+            for folder, each in now.items()
+            if each.limit is not None and (each.was_full or each.hits > before.get(folder, NONE).hits)
+        ]
+        if not limits or (line is not None and "cgroup" not in line):
             return MACHINE
         limit, folder = min(limits)
         return f"cgroup limit {amount(limit)}, {folder}"
-
-    def _of_before(self, folder: Path) -> _Counts:
-        return self._before.get(folder, _Counts(0, 0, None))
 
     def _read(self) -> dict[Path, _Counts]:
         return {folder: _read_counts(folder, files) for folder, files in memory_cgroups(self._proc, self._sys)}
@@ -73,11 +74,10 @@ class MemoryKills:
 
 
 def _read_counts(folder: Path, files: MemoryFiles) -> _Counts:
-    return _Counts(
-        kills=read_key(folder / files.kills, "oom_kill"),
-        hits=sum(read_key(folder / name, files.hits_key) for name in files.hits),
-        limit=read_number(folder / files.limit),
-    )
+    kills, limit = read_key(folder / files.kills, "oom_kill"), read_number(folder / files.limit)
+    most = None if files.most is None else read_number(folder / files.most)
+    was_full = limit is not None and most is not None and most >= limit
+    return _Counts(kills, read_key(folder / files.kills, "oom"), was_full, limit)
 
 
 def _records(path: Path) -> Iterator[str]:

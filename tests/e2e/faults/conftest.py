@@ -38,7 +38,7 @@ def answers(model: Path) -> dict[Prompt, list[int]]:
     return dict(zip(PROMPTS, reference_tokens(model, PROMPTS, NUM_TOKENS), strict=True))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def fleet(model: Path, answers: dict[Prompt, list[int]]) -> Iterator[Fleet]:
     """A head and two workers that are restarted as often as it takes."""
     with Processes() as processes:

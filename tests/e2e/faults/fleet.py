@@ -94,6 +94,12 @@ class Fleet:
         self.nodes[name] = self.processes.serve(f"{name}.{self._num_started}", self.model, variables, prefix=prefix)
         return self.nodes[name]
 
+    def start_standby(self) -> NodeProcess:
+        """A worker without a place."""
+        variables = worker_variables(0, self.head_port, world_size=self._num_workers + 1, **self.settings)
+        del variables["MISTRALRS_MN_WORKER_ID"]
+        return self.processes.serve("standby", self.model, {**variables, "TPDIST_STANDBY": "1"})
+
     def start_all(self) -> None:
         for name in self.names:
             self.start(name)
@@ -153,8 +159,8 @@ class Fleet:
         watched: Sequence[str] | None = None,
         clients_of: Sequence[str] | None = None,
     ) -> Figures:
-        """Do `fault` while clients stream, `repair` once it is noticed on one of the `watched` nodes, and wait until all
-        nodes serve again. Nobody may be told anything wrong, or wait for longer than the bound."""
+        """Do `fault` while clients stream, `repair` once it is noticed on one of the `watched` nodes, and wait until
+        all nodes serve again. Nobody may be told anything wrong, or wait for longer than the bound."""
         retried = self._num_retried()
         with self.traffic(clients_of) as traffic, self._watch(watched or self.names) as noticed:
             traffic.wait_flowing()

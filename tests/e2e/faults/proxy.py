@@ -45,7 +45,7 @@ class Proxy:
         self._selector.close()
 
     def hang_up_on_the_target(self) -> None:
-        """The target sees its connections closed; those who connected here keep theirs, which are silent from now on."""
+        """The target sees its connections closed; those who connected here keep theirs, silent from now on."""
         self._hang_up.set()
 
     def _run(self) -> None:

@@ -1,5 +1,5 @@
-"""What happens to the link of a worker: slow, silent, half-open, cut and mended. The cluster serves again, and the worker
-that was cut off has ended its ranks, so that no old epoch answers."""
+"""What happens to the link of a worker: slow, silent, half-open, cut and mended. The cluster serves again, and the
+worker that was cut off has ended its ranks, so that no old epoch answers."""
 
 import subprocess
 import sys

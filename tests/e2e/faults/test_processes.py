@@ -1,4 +1,4 @@
-"""kill -9 and SIGSTOP of each kind of process while clients stream on every node: the cluster serves again by itself."""
+"""kill -9 and SIGSTOP of each kind of process while clients stream on every node: all nodes serve again."""
 
 import pytest
 
