@@ -11,7 +11,7 @@ TORCH := $(shell grep '^torch==' $(CONSTRAINTS))
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check audit format clean
+.PHONY: help install demo test check soak audit format clean
 .DELETE_ON_ERROR:
 
 help: ## show this list
@@ -30,6 +30,9 @@ check: $(INSTALLED) ## format, lint, types and the fast tests, in some three min
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/pytest -m "not slow and not e2e and not gpu"
+
+soak: $(INSTALLED) ## do one fault after another to a cluster under load, for ten minutes
+	$(BIN)/pytest tests/e2e/faults -k storm --soak 600
 
 audit: $(INSTALLED) ## look for dangerous code and for dependencies with known vulnerabilities
 	$(BIN)/bandit --quiet --configfile pyproject.toml --recursive tpdist

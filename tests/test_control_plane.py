@@ -34,7 +34,6 @@ from tpdist.control.messages import (
     RankUpdate,
     Rejoin,
     RequestFailed,
-    Shutdown,
     StepOutputs,
     TokenOutput,
     Welcome,

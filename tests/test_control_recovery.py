@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from clusters import Head, fingerprint_of, register_of, rules_of, update_of
 
-from tpdist.control.events import HungUp, Tick
+from tpdist.control.events import Heard, HungUp, Tick
 from tpdist.control.messages import (
     Assign,
     DrainRequest,
@@ -14,6 +14,7 @@ from tpdist.control.messages import (
     EpochEnded,
     Goodbye,
     Heartbeat,
+    Message,
     RankGone,
     RankProgress,
     Rejoin,
@@ -74,6 +75,19 @@ def test_what_the_ended_epoch_still_says_changes_nothing() -> None:
         head.hear(WORKER, body)
     assert (head.state.phase, head.state.restarts) == ("recover", before.restarts)
     assert sum(head.state.num_ranks_at) == 0
+
+
+@pytest.mark.parametrize("body", [KILLED, EpochEnded(instance=WORKER), update_of(1, "load")])
+def test_words_of_an_earlier_epoch_that_are_said_again_change_nothing(body: Message) -> None:
+    head = ready()
+    head.hear(WORKER, KILLED)
+    all_end(head)
+    head.update("ready")
+    before = head.state
+    head.apply(Heard(WORKER, body, epoch=1))
+    assert (head.state.phase, head.state.restarts, head.state.num_ranks_at) == (
+        *(before.phase, before.restarts, before.num_ranks_at),
+    )
 
 
 @pytest.mark.parametrize(("code", "reason"), [(6, "rank_lost"), (1, "rank_failed"), (3, "rank_failed")])

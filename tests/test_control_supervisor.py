@@ -322,6 +322,41 @@ def test_ranks_that_do_not_end_when_asked_are_killed(tmp_path: Path) -> None:
     run(main())
 
 
+def test_ranks_of_one_epoch_after_another_leave_no_descriptor_and_none_is_taken_for_another(tmp_path: Path) -> None:
+    """Also those that are stopped, or that say something of their epoch when it is over."""
+    program = """
+        start = hello()
+        say(RankUpdate(rank=start.rank, pid=os.getpid(), device="c", phase="load"), epoch=start.assign.epoch)
+        hear(Connect)
+        if local_rank:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        hear(RankStop)
+        say(RankGone(rank=start.rank, exit_code=1, cause="late"), epoch=start.assign.epoch)
+        leave(1)
+    """
+
+    async def main() -> None:
+        node = Node(tmp_path, program)
+        held = []
+        for epoch in range(1, 5):
+            node.reports.clear()
+            await node.supervisor.start(msgspec.structs.replace(assign_of(2), epoch=epoch))
+            while len(node.reports) < 2:
+                await asyncio.sleep(0.02)
+            await node.supervisor.connect(Connect(store_port=1, plan_port=2))
+            while [each.process for each in node.supervisor.progress()][1:] != ["T"]:
+                await asyncio.sleep(0.02)
+            await node.supervisor.end_epoch(grace_s=0.5)
+            assert node.supervisor.progress() == ()
+            held.append(len(os.listdir("/proc/self/fd")))
+            pids = [message.pid for message in node.reports if isinstance(message, RankUpdate)]
+            assert not any(is_alive(pid) for pid in pids)
+        await node.supervisor.close()
+        assert held[-1] == held[1], held
+
+    run(main())
+
+
 def test_no_rank_is_started_once_the_node_ends(tmp_path: Path) -> None:
     async def main() -> None:
         node = Node(tmp_path, "time.sleep(600)")

@@ -245,8 +245,8 @@ class Node:
         return tcp_address(*self._place.head)
 
     def _register(self, instance: str) -> Register:
-        """What this node says first, under this instance id. Raises JoinError without a route to the head, SettingsError when the control
-        plane would leave this machine without a key."""
+        """What this node says first, under this instance id. Raises JoinError without a route to the head,
+        SettingsError when the control plane would leave this machine without a key."""
         address = head_address = LOOPBACK
         if self._place.head is not None:
             host = self._place.head.host

@@ -44,7 +44,7 @@ def silent_view(problem: str, *, since_s: float, last: RenderableType | None) ->
 def ranks_table(nodes: Sequence[Mapping[str, Any]], *, rates: Mapping[int, float] | None = None) -> Table:
     """One line a rank, in at most 80 columns; a node without ranks shows its own state."""
     columns = [*COLUMNS[:7], *([] if rates is None else [RATE_COLUMN]), *COLUMNS[7:]]
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1 if rates is None else 0, 0, 0))
     for column in columns:
         table.add_column(column, justify="left" if column in WORDS else "right", no_wrap=column not in WORDS)
     for node in nodes:

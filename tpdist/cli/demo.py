@@ -17,7 +17,7 @@ from urllib.error import URLError
 from urllib.request import Request, urlopen
 
 import click
-from rich.console import Console
+from rich.console import Console, Group
 
 from tpdist import builtin
 from tpdist.cli.cluster_view import ranks_table
@@ -59,7 +59,7 @@ def demo(timeout_s: float, as_json: bool) -> None:
         for answer in answers:
             console.print(_line(answer), highlight=False)
         cluster = _cluster_after(nodes[1])
-        console.print(ranks_table(cluster["nodes"]))
+        console.print(Group("", ranks_table(cluster["nodes"]), ""))
         _stop(nodes)
     wrong = [answer for answer in answers if not answer["right"]]
     if as_json:

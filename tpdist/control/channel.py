@@ -45,6 +45,7 @@ logger = logging.getLogger(__name__)
 KEY_BYTES = 32
 OTHERS_MODE = 0o077
 LINGER_MS = 2000
+NO_DESCRIPTOR = -1
 HANDSHAKE_MS = 5_000
 BACKLOG = 4096
 
@@ -224,6 +225,14 @@ class HeadLostError(LostError):
     """The head is gone, or does not know this node any more. The node may register again."""
 
 
+def _descriptor(frame: Any) -> int:
+    """Of the connection that a frame came over; NO_DESCRIPTOR for peers of old protocols, of which none is told."""
+    try:
+        return int(frame.get(zmq.SRCFD))
+    except zmq.ZMQError:
+        return NO_DESCRIPTOR
+
+
 class _Hangups:
     """The closed connections of a socket, by their descriptors. Nobody asked, nothing is watched: the events of a
     socket that are not read would block it in the end."""
@@ -273,7 +282,7 @@ class AsyncRouter:
         while True:
             first, *parts = await self._socket.recv_multipart(copy=False)
             identity, frames = first.bytes, [part.bytes for part in parts]
-            self._connections[first.get(zmq.SRCFD)] = identity
+            self._connections[_descriptor(first)] = identity
             try:
                 return identity, self.codec.decode(_only(frames))
             except (OtherVersionError, OtherClusterError) as error:

@@ -3,8 +3,10 @@
 The head calls this once per epoch, before anything starts; whatever cannot work is refused here with all numbers.
 """
 
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 from tpdist.control.messages import Assign, StageAssign
@@ -66,21 +68,25 @@ def make_layout(
         one_process=one_process,
     )
     shrunk = {name: getattr(placement.demand, name) for name in SHRINKING}
+    common = {**settings, **shrunk, "device": device, "dtype": dtype}
+    first_ranks = [0, *accumulate(sizes)]
     head = head_address(nodes, local_interface)
     threads = _threads(nodes, sizes)
+    stages_of_all, backend = _stages(config, placement), _backend(nodes, sizes, device)
+    devices_of_items = () if placement.method == "ranks" else item_devices(placement)
     assigns = tuple(
         Assign(
             cluster_id="",
             epoch=0,
             node_index=index,
-            first_rank=sum(sizes[:index]),
+            first_rank=first_ranks[index],
             local_world_size=sizes[index],
-            world_size=sum(sizes),
+            world_size=first_ranks[-1],
             tp_size=placement.tp_size,
-            stages=_stages(config, placement),
-            item_devices=() if placement.method == "ranks" else item_devices(placement),
+            stages=stages_of_all,
+            item_devices=devices_of_items,
             most_blocks=placement.extra["num_blocks"],
-            backend=_backend(nodes, sizes, device),
+            backend=backend,
             threads=threads[index],
             interface=head.interface_for(node),
             head_host=head.host_for(node),
@@ -89,7 +95,7 @@ def make_layout(
             collective_timeout_s=collective_timeout_s,
             store_port=store_port,
             max_model_len=demand.max_model_len,
-            settings={**settings, **shrunk, "device": device, "dtype": dtype},
+            settings=common,
         )
         for index, node in enumerate(nodes)
     )
@@ -187,6 +193,9 @@ def _summary(config: ModelConfig, sizes: tuple[int, ...], placement: Placement, 
     topology = Topology(node_sizes=sizes, tp_size=assign.tp_size, pp_size=len(assign.stages))
     shown = placement.as_dict()
     del shown["rejected"]
+    weight_bytes: Counter[int | None] = Counter()
+    for each in placement.devices:
+        weight_bytes[each.rank] += each.weight_bytes
     return {
         **shown,
         "world_size": assign.world_size,
@@ -196,11 +205,14 @@ def _summary(config: ModelConfig, sizes: tuple[int, ...], placement: Placement, 
         "backend": assign.backend,
         "dtype": assign.settings["dtype"],
         "max_model_len": assign.max_model_len,
-        "ranks": [_rank_summary(config, placement, assign, place) for place in topology.places],
+        "ranks": [
+            _rank_summary(config, assign, place, weight_bytes=weight_bytes[place.rank] + weight_bytes[None])
+            for place in topology.places
+        ],
     }
 
 
-def _rank_summary(config: ModelConfig, placement: Placement, assign: Assign, place: RankPlace) -> dict[str, Any]:
+def _rank_summary(config: ModelConfig, assign: Assign, place: RankPlace, *, weight_bytes: int) -> dict[str, Any]:
     """What one rank holds. In one process the devices are all of rank 0."""
     axes: dict[str, Axis] = {
         "attention_heads": query_heads(config),
@@ -213,13 +225,12 @@ def _rank_summary(config: ModelConfig, placement: Placement, assign: Assign, pla
     token_bytes = kv_bytes_per_token(
         config, partition, place.tp_rank, dtype_bytes=DTYPE_BYTES[assign.settings["dtype"]]
     )
-    own = [each for each in placement.devices if each.rank in (None, place.rank)]
     return {
         "rank": place.rank,
         "node": place.node_index,
         "stage": place.stage,
         "layers": [stage.start, stage.stop],
         **{name: list(partition.interval(axis, place.tp_rank)) for name, axis in axes.items()},
-        "weight_bytes": sum(each.weight_bytes for each in own),
+        "weight_bytes": weight_bytes,
         "kv_bytes_per_token": token_bytes * (stage.stop - stage.start) // config.num_hidden_layers,
     }

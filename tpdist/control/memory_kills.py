@@ -22,7 +22,7 @@ MACHINE = "this machine has no memory left"
 
 @dataclass(frozen=True)
 class _Counts:
-    """Of one cgroup: processes killed in it, how often a kill was for its own limit (version 2), and whether it ever was
+    """Of one cgroup: processes killed in it, how often that was for its own limit (version 2), and whether it ever was
     full (version 1)."""
 
     kills: int

@@ -513,7 +513,7 @@ class StepResult(Message, frozen=True, kw_only=False):
 
 
 class Preflight(Message, frozen=True):
-    """One of the words of preflight/words.py, between a `tpdist doctor` and the head's. Their union is decoded there."""
+    """One of the words of preflight/words.py, between a `tpdist doctor` and the head's; they are decoded there."""
 
     word: bytes
 

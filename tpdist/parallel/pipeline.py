@@ -58,8 +58,9 @@ class Alone:
 class ProcessPipe:
     """Between processes, over torch.distributed. gloo goes through the host's memory, and NCCL from GPU to GPU.
 
-    `group` is the stage's, of which this rank is the global `rank`. `watch` notes each wait for another stage. Up to `max_in_flight` steps may be on their way to
-    the next stage; a further one waits for the oldest, and that for `timeout_s` at most, as does every receive.
+    `group` is the stage's, of which this rank is the global `rank`. Up to `max_in_flight` steps may be on their way to
+    the next stage; a further one waits for the oldest, and that for `timeout_s` at most, as does every receive. `watch`
+    notes each of these waits.
     """
 
     def __init__(

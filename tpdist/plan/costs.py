@@ -260,8 +260,8 @@ def nccl_bytes(*, tp_size: int, world_size: int) -> int:
 def gloo_bytes(hosts: Sequence[int], rank: int, *, hidden_bytes: int) -> int:
     """What a CPU's rank holds to talk with its group, `hosts` being the numbers of consecutive ranks on each machine:
     its part of the memory that they share, and on the first of each machine a copy of every machine's part of a sum."""
-    starts = [sum(hosts[:index]) for index in range(len(hosts))]
-    host = max(index for index, start in enumerate(starts) if start <= rank)
+    starts = [0, *accumulate(hosts)]
+    host = bisect_right(starts, rank) - 1
     shared = SEGMENT_HEADER_BYTES + 2 * hosts[host] * SLOT_BYTES if hosts[host] > 1 else 0
     wire = len(hosts) * hidden_bytes if len(hosts) > 1 and rank in starts else 0
     return -(-shared // hosts[host]) + wire

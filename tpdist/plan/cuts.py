@@ -196,12 +196,15 @@ class MachineRule:
         self._free: dict[str, int] = {}
         self._held: dict[str, dict[int, Costs]] = {}
         self._layer_bytes: dict[str, dict[int, int]] = {}
+        tables: dict[Hashable, Costs] = {}
         for index, place in enumerate(layout.places):
             for rank, layer_bytes in enumerate(layout.layer_token_bytes(place, demand)):
-                node = place.devices[rank].node
+                node, key = place.devices[rank].node, (place.partition.shares, rank, place.hosts)
+                if key not in tables:
+                    tables[key] = layout.held_bytes(place, rank, demand)
                 self._free[node] = self._free.get(node, 0) + place.devices[rank].free_bytes
                 held = self._held.setdefault(node, {})
-                held[index] = held.get(index, 0) + layout.held_bytes(place, rank, demand)
+                held[index] = held[index] + tables[key] if index in held else tables[key]
                 most = self._layer_bytes.setdefault(node, {})
                 most[index] = max(most.get(index, 0), layer_bytes)
 

@@ -31,6 +31,11 @@ class Place:
     devices: tuple[Device, ...]
     partition: Partition
 
+    @cached_property
+    def hosts(self) -> tuple[int, ...]:
+        """How many consecutive ranks are on each machine."""
+        return tuple(len(list(run)) for _, run in groupby(device.node for device in self.devices))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Need:
@@ -74,6 +79,10 @@ class Layout:
     def local_ranks(self) -> Counter[str]:
         """How many ranks each node has."""
         return Counter(device.node for place in self.places for device in place.devices)
+
+    @cached_property
+    def world_size(self) -> int:
+        return sum(len(place.devices) for place in self.places)
 
     @cached_property
     def host(self) -> Device | None:
@@ -129,11 +138,16 @@ class Layout:
 
     def seconds(self, demand: Demand) -> Costs:
         """[num_places, num_layers + 1, num_layers + 1]: of a decode step of a run of layers, without what follows."""
+        read: dict[Hashable, Costs] = {}
         made: dict[Hashable, Costs] = {}
         for place in self.places:
+            bandwidths = (place.partition.shares, *(device.bandwidth for device in place.devices))
+            if bandwidths not in read:
+                ranks = range(len(place.devices))
+                read[bandwidths] = np.max([self._read_s(place, rank, demand) for rank in ranks], axis=0)
             key = self._speed_key(place)
             if key not in made:
-                made[key] = self._seconds(place, demand)
+                made[key] = read[bandwidths] + self._exchange_s(place, demand)
         return np.stack([made[self._speed_key(place)] for place in self.places])
 
     def transfers(self, demand: Demand) -> Costs:
@@ -243,7 +257,7 @@ class Layout:
 
     def _activations(self, place: Place, rank: int, demand: Demand, *, is_first: bool, is_last: bool) -> int:
         config, extra = self.model.config, self.model.extra
-        peaks = [costs.forward_bytes(config, place.partition, rank, demand)]
+        peaks = [self.model.forward_bytes(place.partition, rank, demand)]
         if is_last:
             kind = place.devices[rank].kind
             peaks.append(costs.logits_bytes(config, place.partition, rank, demand, kind=kind))
@@ -258,18 +272,16 @@ class Layout:
             return received
         sent = 0 if is_last or rank > 0 else hidden * len(self.places)
         if place.devices[rank].kind == "cuda":
-            world_size = sum(len(each.devices) for each in self.places)
-            return received + sent + costs.nccl_bytes(tp_size=len(place.devices), world_size=world_size)
-        hosts = [len(list(run)) for _, run in groupby(device.node for device in place.devices)]
-        return received + sent + costs.gloo_bytes(hosts, rank, hidden_bytes=hidden)
+            return received + sent + costs.nccl_bytes(tp_size=len(place.devices), world_size=self.world_size)
+        return received + sent + costs.gloo_bytes(place.hosts, rank, hidden_bytes=hidden)
 
-    def _seconds(self, place: Place, demand: Demand) -> Costs:
+    def _exchange_s(self, place: Place, demand: Demand) -> Costs:
+        """Seconds that the ranks of a place exchange for, by interval."""
         config, size = self.model.config, len(place.devices)
         link = speed.slowest_link(self.inventory, place.devices)
-        table = np.max([self._read_s(place, rank, demand) for rank in range(size)], axis=0)
         steps = np.arange(self.model.num_layers + 1)
         exchange_s = speed.layer_exchange_s(config, demand, size=size, link=link)
-        table += np.maximum(steps[None, :] - steps[:, None], 0) * exchange_s
+        table = np.maximum(steps[None, :] - steps[:, None], 0) * exchange_s
         table[0, :] += speed.first_exchange_s(config, demand, size=size, link=link)
         table[1:, :] += speed.send_s(speed.hidden_row_bytes(config, demand), link)
         table[:, -1] += speed.last_exchange_s(config, demand, place.partition, link=link)

@@ -10,6 +10,7 @@ Knows no files and no torch: shapes are tuples, and a slice is meant for the che
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate, pairwise
 from typing import NamedTuple, Protocol
 
@@ -115,7 +116,13 @@ class Partition:
 
     def interval(self, axis: Axis, rank: int) -> Interval:
         """What `rank` of this group holds of `axis`."""
-        return axis.intervals(self.shares)[rank]
+        return _intervals(axis, self.shares)[rank]  # type: ignore[arg-type]  # every axis is a frozen dataclass
+
+
+@lru_cache(maxsize=4096)
+def _intervals(axis: Axis, shares: tuple[int, ...]) -> tuple[Interval, ...]:
+    """Plans ask for the same ones once for each rank."""
+    return axis.intervals(shares)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from tpdist.plan import costs
 from tpdist.plan.costs import Bytes, ItemBytes, WeightItems
 from tpdist.plan.memory import DTYPE_BYTES
 from tpdist.plan.model_config import ModelConfig
+from tpdist.plan.placement import Demand
 from tpdist.plan.shards import Partition, Weights
 
 
@@ -27,6 +28,7 @@ class Model:
         self._ropes = costs.rope_bytes(config)
         self._on_rank: dict[tuple[tuple[int, ...], int, str], ItemBytes] = {}
         self._tables: dict[tuple[tuple[int, ...], int, str, bool], Bytes] = {}
+        self._forward_bytes: dict[tuple[tuple[int, ...], int, Demand], int] = {}
 
     def items(self, partition: Partition, rank: int, dtype: str) -> ItemBytes:
         key = (partition.shares, rank, dtype)
@@ -42,3 +44,10 @@ class Model:
             table[0, :] += self.extra.bytes
             self._tables[key] = table
         return self._tables[key]
+
+    def forward_bytes(self, partition: Partition, rank: int, demand: Demand) -> int:
+        """Of costs.forward_bytes: what a step keeps alive up to its last hidden states."""
+        key = (partition.shares, rank, demand)
+        if key not in self._forward_bytes:
+            self._forward_bytes[key] = costs.forward_bytes(self.config, partition, rank, demand)
+        return self._forward_bytes[key]

@@ -38,6 +38,8 @@ def slowest_link(inventory: Inventory, devices: Sequence[Device]) -> Link | None
     for device in devices:
         by_node.setdefault(device.node, []).append(device)
     firsts = [group[0] for group in by_node.values()]
+    if not inventory.across:
+        firsts = firsts[:2]  # all pairs have the same link
     links = [link_between(inventory, group[0], group[1]) for group in by_node.values() if len(group) > 1]
     links += [link_between(inventory, a, b) for index, a in enumerate(firsts) for b in firsts[index + 1 :]]
     if not links:

@@ -44,7 +44,7 @@ class Limits:
     max_connections: int = 2048
     head_s: float = 10.0
     body_s: float = 60.0
-    stall_s: float = 60.0
+    stall_s: float = 300.0
 
 
 class Connections:

@@ -5,6 +5,7 @@ What one node can see by itself ends with 2 before anything starts; what only th
 
 import contextlib
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,8 +15,17 @@ from checkpoints import make_checkpoint
 from e2e.clients import completed_tokens
 from e2e.cluster import LOOPBACK, Processes, free_port, head_variables, worker_variables
 
+OTHER_RELEASE = """
+import importlib.metadata as metadata
+
+real = metadata.version
+metadata.version = lambda name: "0.0.9" if name == "tpdist" else real(name)
+"""
+"""Python runs it at its start: this node says that another release is installed."""
+
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
+EARLY_S = 30.0
 AT_ONCE_S = 20.0
 SOON_S = 30.0
 
@@ -170,6 +180,15 @@ def test_another_model_on_one_node_ends_every_node(processes: Processes, model: 
     assert "config.json" not in log, "only the weights differ"
 
 
+def test_another_release_on_one_node_ends_every_node(processes: Processes, model: Path, tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(OTHER_RELEASE)
+    port = free_port()
+    processes.serve("head", model, head_variables(port, world_size=2, num_workers=1))
+    processes.serve("worker-0", model, worker_variables(0, port, world_size=2, PYTHONPATH=tmp_path))
+    all_end_with_5(processes)
+    each_names(processes, "tpdist", "worker 0=0.0.9")
+
+
 def test_a_missing_worker_is_named_when_time_is_up(processes: Processes, model: Path) -> None:
     port, deadline = free_port(), {"TPDIST_REGISTER_TIMEOUT_S": 3}
     processes.serve("head", model, head_variables(port, world_size=3, num_workers=2, **deadline))
@@ -205,6 +224,12 @@ def test_a_second_instance_of_a_worker_waits_and_the_cluster_goes_on(
     assert_it_serves(three_nodes)
 
 
+def test_a_second_head_ends_and_the_cluster_goes_on(three_nodes: Processes, processes: Processes, model: Path) -> None:
+    log = refused(processes, model, head_variables(control_port(three_nodes), world_size=3, num_workers=2))
+    assert "is taken by another process" in log
+    assert_it_serves(three_nodes)
+
+
 def test_a_late_worker_with_another_size_ends_and_the_cluster_goes_on(
     three_nodes: Processes, processes: Processes, model: Path
 ) -> None:
@@ -223,6 +248,35 @@ def control_port(cluster: Processes) -> int:
 def assert_it_serves(cluster: Processes) -> None:
     answers = [completed_tokens(node, [1, 2, 3], 4) for node in cluster.nodes]
     assert answers == [answers[0]] * len(answers)
+
+
+class EarlyWorker:
+    """A worker that waits for its head while the other tests of this file run."""
+
+    def __init__(self, model: Path) -> None:
+        self.processes = Processes()
+        self.port = free_port()
+        self.started_s = time.monotonic()
+        self.node = self.processes.serve("worker-0", model, worker_variables(0, self.port, world_size=2))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def early_worker(model: Path) -> Iterator[EarlyWorker]:
+    worker = EarlyWorker(model)
+    with worker.processes:
+        yield worker
+
+
+def test_a_worker_that_was_started_half_a_minute_before_its_head_joins_it(
+    early_worker: EarlyWorker, model: Path
+) -> None:
+    """The last test of this file, so that there is little left to wait for."""
+    time.sleep(max(0.0, EARLY_S - (time.monotonic() - early_worker.started_s)))
+    assert early_worker.node.get("/readyz").json()["phase"] == "register"
+    head = early_worker.processes.serve("head", model, head_variables(early_worker.port, world_size=2, num_workers=1))
+    answers = [completed_tokens(node.wait_ready(), [1, 2, 3], 4) for node in (head, early_worker.node)]
+    assert answers[0] == answers[1]
+    early_worker.processes.stop()
 
 
 @contextlib.contextmanager
