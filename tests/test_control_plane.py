@@ -53,7 +53,7 @@ class FakeSupervisor:
 
     def __init__(self, report: Callable[[Message], Any], *, silent: bool = False) -> None:
         self._report = report
-        self._silent = silent
+        self.silent = silent
         self.assigns: list[Assign] = []
         self.connects: list[Connect] = []
         self.num_stops = 0
@@ -61,7 +61,7 @@ class FakeSupervisor:
 
     async def start(self, assign: Assign) -> None:
         self.assigns.append(assign)
-        if self._silent:
+        if self.silent:
             return
         if assign.first_rank == 0:
             await self._report(Listening(store_port=1, plan_port=2))
@@ -604,11 +604,15 @@ def test_requests_without_output_go_on_in_the_next_epoch_and_the_others_fail(tmp
                 await asyncio.sleep(0.02)
             engine.close()
             cluster.closing.pop_all()
+            head.ranks.silent = True
             await worker.agent.report(RankGone(rank=1, exit_code=6, cause="was killed by SIGKILL"))
             with pytest.raises(RequestError, match=r"lost a part of itself.*rank 1 on worker 0.*SIGKILL") as caught:
                 await started
             assert caught.value.status == 503
+            while head.agent.state().epoch < 2:
+                await asyncio.sleep(0.02)
             second = await cluster.engine(epoch=2)
+            await head.agent.report(RankUpdate(rank=0, pid=1, device="cpu", phase="ready", kv_blocks=32))
             again = await second.requests.get()
             assert again.request_id == "waiting"
             await second.answer(again, 8, finish="stop")

@@ -13,6 +13,7 @@ from typing import Any
 
 import msgspec
 
+from tpdist import log
 from tpdist.control.channel import HeadLostError
 from tpdist.control.head_link import HeadLink, Joining
 from tpdist.control.messages import (
@@ -209,6 +210,7 @@ class NodeAgent:
                 self._state_changed.set()
             case Assign() if body.epoch > codec.epoch:
                 codec.epoch = body.epoch
+                log.add_context(epoch=body.epoch)
                 await self._supervisor.start(body)
             case Connect() if envelope.epoch == codec.epoch:
                 await self._supervisor.connect(body)

@@ -28,9 +28,11 @@ key-value heads and I columns of the MLP on this rank, head size D, d bytes an e
 
 import math
 import re
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate
 from typing import TypeVar
 
 import numpy as np
@@ -263,7 +265,7 @@ def gloo_bytes(hosts: Sequence[int], rank: int, *, hidden_bytes: int) -> int:
     starts = [0, *accumulate(hosts)]
     host = bisect_right(starts, rank) - 1
     shared = SEGMENT_HEADER_BYTES + 2 * hosts[host] * SLOT_BYTES if hosts[host] > 1 else 0
-    wire = len(hosts) * hidden_bytes if len(hosts) > 1 and rank in starts else 0
+    wire = len(hosts) * hidden_bytes if len(hosts) > 1 and rank == starts[host] else 0
     return -(-shared // hosts[host]) + wire
 
 

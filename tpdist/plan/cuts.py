@@ -13,7 +13,7 @@ for one, or until none is left, or until there were MAX_TRIED; only then may a c
 """
 
 import heapq
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from itertools import count, groupby
 
@@ -213,11 +213,15 @@ class MachineRule:
         worst = np.full(allowed.shape, -np.inf)
         steps = np.arange(allowed.shape[1])
         tokens = np.maximum(steps[None, :] - steps[:, None], 0) * float(self._demanded)
+        fullest: dict[tuple[int, int, int, int], Costs] = {}
         for node, held in self._held.items():
             for place, least in _least_held(held, allowed).items():
-                left = np.maximum(self._free[node] - least, 0)
-                rule = np.minimum(DEFAULT_CPU_CACHE_BYTES, left // 4) // self._local_ranks[node]
-                np.maximum(worst[place], tokens * self._layer_bytes[node][place] - rule, out=worst[place])
+                alike = (place, self._free[node], self._local_ranks[node], self._layer_bytes[node][place])
+                fullest[alike] = np.maximum(fullest[alike], least) if alike in fullest else least
+        for (place, free, local_ranks, layer_bytes), least in fullest.items():
+            left = np.maximum(free - least, 0)
+            rule = np.minimum(DEFAULT_CPU_CACHE_BYTES, left // 4) // local_ranks
+            np.maximum(worst[place], tokens * layer_bytes - rule, out=worst[place])
         return worst
 
 
