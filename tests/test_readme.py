@@ -142,7 +142,7 @@ def test_the_metrics_are_all_explained() -> None:
 
 def test_the_phases_are_all_explained_in_their_order() -> None:
     shown = first_cells(section(ARCHITECTURE, "## Phases and deadlines"))
-    assert shown == ["register", "compare", *RANK_PHASES, "draining", "ended"]
+    assert shown == ["register", "compare", *RANK_PHASES, "recover", "draining", "ended"]
 
 
 def test_the_messages_are_all_explained() -> None:
