@@ -25,6 +25,13 @@ def test_what_a_rank_notes_is_there_to_be_read(tmp_path: Path) -> None:
     assert (inside.rank, inside.step, inside.num_waits, inside.wait, inside.waiting) == (5, 7, 1, "all_reduce", True)
     assert (left.rank, left.num_waits, left.waiting) == (6, 1, False)
     assert inside.process in ("R", "S")
+    assert (untouched.in_step, inside.in_step) == (False, True)
+    watches[0].idle(True)
+    watches[1].leave()
+    watches[1].end_step()
+    idle, ended, _ = file.read([os.getpid()] * 3)
+    assert (idle.waiting, idle.num_waits) == (True, 0)
+    assert (ended.waiting, ended.in_step, ended.step) == (False, False, 7)
 
 
 def test_another_process_reads_what_one_notes_even_when_that_is_stopped(tmp_path: Path) -> None:

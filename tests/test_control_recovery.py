@@ -41,8 +41,10 @@ def all_end(head: Head) -> None:
         head.hear(instance, EpochEnded(instance=instance))
 
 
-def progress(rank: int, step: int, *, waits: int = 0, waiting: bool = False, process: str = "S") -> RankProgress:
-    return RankProgress(rank, step, waits, "all_reduce", waiting, process)
+def progress(
+    rank: int, step: int, *, waits: int = 0, waiting: bool = False, process: str = "S", in_step: bool = True
+) -> RankProgress:
+    return RankProgress(rank, step, waits, "all_reduce", waiting, process, in_step)
 
 
 def beat(head: Head, instance: str, *ranks: RankProgress) -> None:
@@ -374,7 +376,7 @@ def hang_of(head: Head, *ranks: RankProgress) -> str:
 def test_requests_that_wait_while_no_rank_advances_are_a_hang() -> None:
     cause = hang_of(ready(), progress(0, 9, waits=4, waiting=True), progress(1, 9, waits=3))
     assert "2 requests wait, and no rank has advanced for 61.0 s (TPDIST_HANG_TIMEOUT_S=60)" in cause
-    assert "furthest behind is rank 1 on worker 0 (host-worker 0, pid 100), at step 9 after 3 collectives" in cause
+    assert "furthest behind is rank 1 on worker 0 (host-worker 0, pid 100), in step 9, after 3 collectives" in cause
 
 
 def test_a_rank_that_was_stopped_in_a_collective_is_told_from_the_one_that_waits_for_it() -> None:
@@ -388,7 +390,18 @@ def test_the_rank_with_the_earliest_step_is_behind_whatever_else() -> None:
 
 
 def test_a_rank_0_that_hangs_between_two_steps_is_named() -> None:
-    assert "rank 0 on head" in hang_of(ready(), progress(0, 9, waits=5), progress(1, 9, waits=5))
+    cause = hang_of(ready(), progress(0, 9, in_step=False), progress(1, 9, in_step=False, waiting=True))
+    assert "furthest behind is rank 0 on head (host-head, pid 100), after step 9, its process in state S" in cause
+
+
+def test_a_rank_that_has_not_begun_the_step_of_the_others_is_behind() -> None:
+    cause = hang_of(ready(), progress(0, 10, waiting=True), progress(1, 9, in_step=False, waiting=True))
+    assert "rank 1 on worker 0" in cause
+
+
+def test_a_stage_that_hangs_in_a_step_is_told_from_rank_0_which_waits_for_its_result() -> None:
+    cause = hang_of(ready(), progress(0, 9, in_step=False, waiting=True), progress(1, 9, waiting=True))
+    assert "furthest behind is rank 1 on worker 0 (host-worker 0, pid 100), in step 9, in all_reduce 0" in cause
 
 
 def test_a_slow_step_whose_ranks_advance_is_no_hang() -> None:
@@ -419,6 +432,21 @@ def test_a_stopped_process_is_noticed_even_when_nothing_is_asked_of_it(phase: st
         head.tick()
     assert "rank 1 on worker 0" in head.state.restarts[-1].failure.cause
     assert "has been stopped for" in head.state.restarts[-1].failure.cause
+
+
+def test_a_slow_load_that_advances_is_no_hang_and_one_that_stands_still_is() -> None:
+    head = Head(rules_of(1, max_restarts=3))
+    head.start()
+    head.update("load", done=0, total=1000)
+    head.hear(HEAD, update_of(0, "load", done=1000, total=1000))
+    for done in range(10):
+        head.wait(50, alive=BOTH)
+        head.hear(WORKER, update_of(1, "load", done=done, total=1000))
+    assert head.state.phase == "load"
+    head.wait(61, alive=BOTH)
+    cause = head.state.restarts[-1].failure.cause
+    assert cause.startswith("rank 1 on worker 0 (host-worker 0, pid 100) has read nothing of the checkpoint for 60.5 s")
+    assert "after 9 of 1000 bytes" in cause
 
 
 def test_a_process_that_is_stopped_for_a_moment_is_left_alone() -> None:

@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import signal
+import threading
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -236,6 +237,21 @@ def test_a_killed_rank_ends_generate_with_its_name(model: Path) -> None:
         ranks = [rank for node in llm.cluster_state().nodes for rank in node.ranks]
         os.kill(ranks[1].pid, signal.SIGKILL)
         with pytest.raises(LostError, match="rank 1"):
+            generate_for_ever(llm)
+
+
+def test_an_llm_with_restarts_answers_what_waits_after_a_rank_was_killed(
+    model: Path, expected: list[list[int]]
+) -> None:
+    with LLM(model, tensor_parallel_size=2, max_restarts=1, **SMALL) as llm:
+        ranks = [rank for node in llm.cluster_state().nodes for rank in node.ranks]
+        os.kill(ranks[1].pid, signal.SIGKILL)
+        assert tokens(llm, PROMPTS) == expected
+        assert llm.cluster_state().epoch == 2
+        assert "SIGKILL" in llm.cluster_state().restarts[0].cause
+        killer = threading.Timer(0.3, lambda: os.kill(llm.cluster_state().nodes[0].ranks[0].pid, signal.SIGKILL))
+        killer.start()
+        with pytest.raises(LostError, match="no restart is left: 1 in the last hour"):
             generate_for_ever(llm)
 
 

@@ -251,7 +251,9 @@ class Rank:
     def _told_to_stop(self, links: Sequence[Dealer | Router], *, block: bool) -> bool:
         """Wait for a message if there is nothing to do, and look for the agent's RankStop."""
         if block:
+            self._watch.idle(True)
             wait_any(links, timeout_s=IDLE_POLL_S)
+            self._watch.idle(False)
         envelope = self._link.receive()
         return envelope is not None and isinstance(envelope.body, RankStop)
 

@@ -225,7 +225,7 @@ class SimulatedNode:
     def _on_control(self, frame: bytes) -> None:
         counts = self._nodes.counts
         beginning = frame[:TAG_BYTES]
-        if SERVING in beginning:
+        if SERVING in beginning and b"Cluster" in beginning:
             counts.come("served", self.instance)
         if VIEW in beginning and not self._nodes.decodes_views(self):
             counts.received("ClusterState", frame)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from e2e.cluster import Processes, free_port, head_variables, worker_variables
+from e2e.cluster import Processes
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
@@ -137,21 +137,3 @@ def test_too_many_ranks_for_the_model_are_refused_with_the_numbers(processes: Pr
     assert node.wait(AT_ONCE_S) == PLAN, node.log
     assert "13" in node.log
     assert "12" in node.log
-
-
-@pytest.mark.parametrize("damaged", ["head", "worker-0"])
-def test_a_damaged_file_on_one_node_ends_both_with_its_name(
-    processes: Processes, model: Path, folder: Path, damaged: str
-) -> None:
-    truncate(folder)
-    port = free_port()
-    variables = {
-        "head": head_variables(port, world_size=2, num_workers=1),
-        "worker-0": worker_variables(0, port, world_size=2),
-    }
-    for name, values in variables.items():
-        processes.serve(name, folder if name == damaged else model, values)
-    assert processes.exit_codes(AT_ONCE_S) == {"head": CHECKPOINT, "worker-0": CHECKPOINT}, processes.logs()
-    for node in processes.nodes:
-        assert f"{folder}/{WEIGHTS}" in node.log
-        assert "Traceback" not in node.log

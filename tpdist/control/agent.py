@@ -19,6 +19,7 @@ from tpdist.control.head_link import HeadLink, Joining
 from tpdist.control.messages import (
     Abort,
     Assign,
+    ClusterNews,
     ClusterState,
     Connect,
     DrainRequest,
@@ -38,6 +39,7 @@ from tpdist.control.messages import (
     Tokens,
 )
 from tpdist.control.supervisor import STOP_GRACE_S, Supervisor
+from tpdist.control.view import with_news
 from tpdist.errors import InterruptedByUser, LostError, RequestError, TpdistError
 
 logger = logging.getLogger(__name__)
@@ -207,6 +209,9 @@ class NodeAgent:
                 self._to_stream(request_id, body)
             case ClusterState():
                 self._state = body
+                self._state_changed.set()
+            case ClusterNews():
+                self._state = with_news(self._state, body)
                 self._state_changed.set()
             case Assign() if body.epoch > codec.epoch:
                 codec.epoch = body.epoch

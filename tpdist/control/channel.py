@@ -5,6 +5,7 @@ of them cap frame sizes, drop what does not decode (counted, logged with its pee
 in both directions when a cluster key is given. They know nothing of what the messages mean.
 """
 
+import asyncio
 import errno
 import hashlib
 import logging
@@ -48,6 +49,7 @@ LINGER_MS = 2000
 NO_DESCRIPTOR = -1
 HANDSHAKE_MS = 5_000
 BACKLOG = 4096
+MAX_AT_ONCE = 64
 
 
 # -- keys -------------------------------------------------------------------------------------------------------------
@@ -252,14 +254,59 @@ class _Hangups:
             self._events.close(0)
 
 
+class _Arrivals:
+    """Messages of a socket that is read when its descriptor says so, many at a time.
+
+    zmq.asyncio wraps every message in futures and asks for the socket's events after each, which is most of what a
+    heartbeat costs a head of a thousand nodes. The descriptor tells of changes only, and every use of the socket may
+    swallow one: after sending, `look` is due.
+    """
+
+    def __init__(self, zmq_socket: Any) -> None:
+        self._socket = zmq_socket
+        self._num_at_once = 0
+        self._waiter: asyncio.Future[None] | None = None
+
+    async def next(self) -> list[Any]:
+        """The frames of the next message. Others have a turn when there are many."""
+        while True:
+            if self._num_at_once == MAX_AT_ONCE:
+                self._num_at_once = 0
+                await asyncio.sleep(0)
+            try:
+                frames: list[Any] = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
+            except zmq.Again:
+                self._num_at_once = 0
+                await self._wait()
+                continue
+            self._num_at_once += 1
+            return frames
+
+    def look(self) -> None:
+        """Have whoever waits try again."""
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    async def _wait(self) -> None:
+        loop, descriptor = asyncio.get_running_loop(), self._socket.getsockopt(zmq.FD)
+        self._waiter = loop.create_future()
+        loop.add_reader(descriptor, self.look)
+        try:
+            await self._waiter
+        finally:
+            loop.remove_reader(descriptor)
+            self._waiter = None
+
+
 class AsyncRouter:
     """The head's control socket, and an agent's socket for its ranks. Peers are told apart by their identity."""
 
     def __init__(self, *, name: str, codec: Codec, keys: ClusterKeys | None = None) -> None:
         self._context = zmq.asyncio.Context()
         self._authenticator = _start_authenticator(AsyncioAuthenticator, self._context, keys) if keys else None
-        self._socket = self._context.socket(zmq.ROUTER)
+        self._socket = zmq.Socket(self._context, zmq.ROUTER)
         _prepare_server(self._socket, keys)
+        self._arrivals = _Arrivals(self._socket)
         self._hangups = _Hangups(self._socket)
         self._connections: dict[int, bytes] = {}
         self._complaints = _Complaints(name)
@@ -280,7 +327,7 @@ class AsyncRouter:
         A peer of another release or another cluster gets an answer, which tells it so: its own receive() raises.
         """
         while True:
-            first, *parts = await self._socket.recv_multipart(copy=False)
+            first, *parts = await self._arrivals.next()
             identity, frames = first.bytes, [part.bytes for part in parts]
             self._connections[_descriptor(first)] = identity
             try:
@@ -304,9 +351,17 @@ class AsyncRouter:
 
     async def send_all(self, identities: Iterable[bytes], body: Message) -> None:
         """Queue one message for several peers, encoded once."""
-        frame = self.codec.encode(body)
+        self.send_frame(identities, self.frame_of(body))
+
+    def frame_of(self, body: Message) -> zmq.Frame:
+        """A message that is going to be sent several times, encoded."""
+        return zmq.Frame(self.codec.encode(body), copy=True)
+
+    def send_frame(self, identities: Iterable[bytes], frame: zmq.Frame) -> None:
+        """Queue a message for several peers, which share its memory. A router never blocks."""
         for identity in identities:
-            await self._socket.send_multipart([identity, frame])
+            self._socket.send_multipart([identity, frame], zmq.NOBLOCK, copy=False)
+        self._arrivals.look()
 
     def close(self) -> None:
         self._hangups.close()

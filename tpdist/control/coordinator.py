@@ -22,6 +22,7 @@ from tpdist.control.head_link import HEARTBEAT_SUFFIX
 from tpdist.control.membership import advance
 from tpdist.control.messages import (
     Abort,
+    ClusterState,
     DrainRequest,
     EngineStats,
     Envelope,
@@ -36,14 +37,16 @@ from tpdist.control.messages import (
 )
 from tpdist.control.requests import Requests
 from tpdist.control.state import Rules, State
-from tpdist.control.view import view
+from tpdist.control.view import news_of, view
 
 logger = logging.getLogger(__name__)
 
 ENGINE_IDENTITY = b"engine"
 SERVING = ("ready", "draining")
-PUBLISH_S_PER_NODE = 0.001
-REFRESH_HEARTBEATS_PER_NODE = 1 / 32
+AT_ONCE_BYTES = 1 << 20
+PUBLISH_BYTES_PER_S = 16e6
+REFRESH_BYTES_PER_S = 4e6
+OWN_HEARTBEATS = 5
 
 
 class Coordinator:
@@ -174,19 +177,48 @@ class Coordinator:
                     self._outcome.set_result((exit_code, cause))
 
     async def _publish(self) -> None:
-        """Send the view to every node on news, and now and then for steps and ages, the less often the more nodes
-        there are: its size grows with their number, and so does the number of its readers."""
+        """Send the view to every node on news, and now and then for steps and ages.
+
+        Its size grows with the number of nodes, and so does the number of its readers. Where it is too large for all
+        at once, they get the news alone first, and then the view, a few of them at a time, those first that have waited
+        longest.
+        """
+        waiting: list[bytes] = []
+        total_bytes = 0
         while True:
-            num_nodes = len(self._state.members) + len(self._state.standbys)
-            refresh_s = self._rules.heartbeat_interval_s * max(1.0, num_nodes * REFRESH_HEARTBEATS_PER_NODE)
+            if not waiting:
+                await self._wait_for_news(total_bytes / REFRESH_BYTES_PER_S)
+            sent_bytes = 0
+            if not waiting or self._news.is_set():
+                self._news.clear()
+                shown, is_behind = self._view(), set(waiting)
+                frame = self._router.frame_of(shown)
+                everybody = [instance.encode() for instance in (*self._state.members, *self._state.standbys)]
+                waiting = sorted(everybody, key=lambda identity: identity not in is_behind)
+                total_bytes = len(everybody) * len(frame)
+                if total_bytes > AT_ONCE_BYTES:
+                    news = self._router.frame_of(news_of(shown))
+                    self._router.send_frame(everybody, news)
+                    sent_bytes = len(everybody) * len(news)
+            num_next = max(1, AT_ONCE_BYTES // len(frame))
+            self._router.send_frame(waiting[:num_next], frame)
+            sent_bytes += len(waiting[:num_next]) * len(frame)
+            waiting = waiting[num_next:]
+            await asyncio.sleep(sent_bytes / PUBLISH_BYTES_PER_S)
+
+    async def _wait_for_news(self, refresh_s: float) -> None:
+        """Until there are some, or the view is due again. The head's own node is shown it more often meanwhile."""
+        until = time.monotonic() + max(refresh_s, self._rules.heartbeat_interval_s)
+        while (left_s := until - time.monotonic()) > 0:
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(refresh_s):
+                async with asyncio.timeout(min(left_s, OWN_HEARTBEATS * self._rules.heartbeat_interval_s)):
                     await self._news.wait()
-            self._news.clear()
-            state = view(self._state, time.monotonic(), stats=self._stats, retried=self._requests.num_retried)
-            everybody = (*self._state.members, *self._state.standbys)
-            await self._router.send_all([instance.encode() for instance in everybody], state)
-            await asyncio.sleep(num_nodes * PUBLISH_S_PER_NODE)
+                    return
+            if (head := self._state.nodes.get(None)) is not None:
+                await self._router.send(head.register.instance.encode(), self._view())
+
+    def _view(self) -> ClusterState:
+        return view(self._state, time.monotonic(), stats=self._stats, retried=self._requests.num_retried)
 
     # -- requests -----------------------------------------------------------------------------------------------------
 

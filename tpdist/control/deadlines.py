@@ -7,7 +7,7 @@ A node counts as silent only after the head has ticked a few times without heari
 from collections.abc import Iterator
 
 from tpdist.control.events import Tick
-from tpdist.control.messages import RankUpdate
+from tpdist.control.messages import RankProgress, RankUpdate
 from tpdist.control.state import RANK_PHASES, Failure, Key, Node, RankPace, Rules, State, name_of
 from tpdist.errors import LostError
 
@@ -65,10 +65,12 @@ def lost(state: State, now: float, rules: Rules) -> Failure | None:
 
 
 def hanging(state: State, tick: Tick, now: float, rules: Rules) -> Failure | None:
-    """A rank whose process has been stopped for too long; or requests wait, and neither outputs nor any rank's
-    progress have been seen for too long."""
+    """A rank whose process has been stopped for too long, or that reads its weights and gets none; or requests wait,
+    and neither outputs nor any rank's progress have been seen for too long."""
     if state.layout is None or state.phase not in (*RANK_PHASES, "draining"):
         return None
+    if state.phase == "load" and (failure := _starving(state, now, rules)):
+        return failure
     for node, pace in _paces(state):
         if pace.stopped_at is not None and now - pace.stopped_at > rules.node_lost_s:
             cause = (
@@ -86,29 +88,53 @@ def hanging(state: State, tick: Tick, now: float, rules: Rules) -> Failure | Non
     return Failure("hang", cause, LostError.exit_code)
 
 
-def _furthest_behind(state: State) -> str:
-    """The rank that the others wait for: the earliest step; in that, one that is not itself waiting before one that is;
-    in a tensor-parallel group that waits, the one that has entered the fewest collectives.
+def _starving(state: State, now: float, rules: Rules) -> Failure | None:
+    """A rank that has not read a byte for too long. It reports every piece, of some megabytes."""
+    for node in state.nodes.values():
+        for rank, update in node.ranks.items():
+            waited_s = now - node.updated_at[rank]
+            if update.phase == "load" and update.done < update.total and waited_s > rules.hang_timeout_s:
+                cause = (
+                    f"rank {rank} on {node.where} has read nothing of the checkpoint for {waited_s:.1f} s "
+                    f"(TPDIST_HANG_TIMEOUT_S={rules.hang_timeout_s:g}), after {update.done} of {update.total} bytes: "
+                    "is its disk, or the file system that it comes from, stuck?"
+                )
+                return Failure("hang", cause, LostError.exit_code)
+    return None
 
-    A rank that was stopped in the middle of a wait never leaves it, and so enters the next one never.
+
+def _furthest_behind(state: State) -> str:
+    """The rank that the others wait for. It is in the earliest step, or has not begun the next though others have; of
+    several, one that does not itself wait comes before one that does; in a tensor-parallel group that waits, the one
+    that has entered the fewest collectives.
+
+    A rank that was stopped in the middle of a wait never leaves it, and so enters the next one never. Of stages that
+    wait in the same step the first is named: hidden states come from there.
     """
     paces = {pace.progress.rank: (node, pace.progress) for node, pace in _paces(state)}
     if not paces:
         return ""
     tp_size = state.assign_of(None).tp_size
 
-    def place(rank: int) -> tuple[int, bool]:
-        return paces[rank][1].step, paces[rank][1].waiting
+    def place(rank: int) -> tuple[int, bool, bool]:
+        progress = paces[rank][1]
+        return progress.step, not progress.in_step, progress.waiting
 
     first = min(paces, key=lambda rank: (*place(rank), rank))
     group = [rank for rank in paces if rank // tp_size == first // tp_size and place(rank) == place(first)]
     node, progress = paces[min(group, key=lambda rank: (paces[rank][1].num_waits, rank))]
-    waits = f"in {progress.wait} {progress.num_waits}"
-    doing = waits if progress.waiting else f"after {progress.num_waits} collectives"
     return (
-        f"; furthest behind is rank {progress.rank} on {node.where}, at step {progress.step} {doing}, "
+        f"; furthest behind is rank {progress.rank} on {node.where}, {_doing(progress)}, "
         f"its process in state {progress.process or 'unknown'}"
     )
+
+
+def _doing(progress: RankProgress) -> str:
+    if not progress.in_step:
+        return f"after step {progress.step}"
+    if progress.waiting:
+        return f"in step {progress.step}, in {progress.wait} {progress.num_waits}"
+    return f"in step {progress.step}, after {progress.num_waits} collectives"
 
 
 def _paces(state: State) -> Iterator[tuple[Node, RankPace]]:

@@ -129,10 +129,10 @@ def gather(state: State, now: float, rules: Rules) -> Answer:
 
 def _compare(state: State, now: float, rules: Rules) -> Answer:
     """Leave phase compare once every fingerprint is here: with ranks for everybody, or with the reason why not."""
+    if state.phase != "compare" or any(node.fingerprint is None for node in state.nodes.values()):
+        return state, ()
     ordered = state.ordered
     facts = [NodeFacts(node.register, node.fingerprint) for node in ordered if node.fingerprint is not None]
-    if state.phase != "compare" or len(facts) < len(ordered):
-        return state, ()
     fingerprints = {name_of(fact.register.worker_id): fact.fingerprint for fact in facts}
     rows = compare.differences(fingerprints, settings=rules.settings)
     if rows:

@@ -156,7 +156,7 @@ def _heard_of_ranks(
             connect = Connect(store_port=body.store_port, plan_port=body.plan_port)
             return state, tuple(Send(node.register.instance, connect) for node in state.nodes.values())
         case RankUpdate() if _is_of(state, key, body):
-            return _proceed(_with_rank(state, key, body), now)
+            return _proceed(_with_rank(state, key, body, now), now)
         case RankGone():
             return _rank_gone(state, state.nodes[key], body, now, rules)
         case _:
@@ -189,14 +189,15 @@ def _is_of(state: State, key: Key, update: RankUpdate) -> bool:
     return 0 <= update.rank - assign.first_rank < assign.local_world_size and update.phase in RANK_PHASES
 
 
-def _with_rank(state: State, key: Key, update: RankUpdate) -> State:
+def _with_rank(state: State, key: Key, update: RankUpdate, now: float) -> State:
     node = state.nodes[key]
     before = node.ranks.get(update.rank)
     counts = list(state.num_ranks_at)
     counts[RANK_PHASES.index(update.phase)] += 1
     if before is not None:
         counts[RANK_PHASES.index(before.phase)] -= 1
-    state = state.update(key, replace(node, ranks={**node.ranks, update.rank: update}))
+    ranks, updated_at = {**node.ranks, update.rank: update}, {**node.updated_at, update.rank: now}
+    state = state.update(key, replace(node, ranks=ranks, updated_at=updated_at))
     return replace(state, num_ranks_at=tuple(counts))
 
 

@@ -8,8 +8,8 @@ Who sends what:
 
     node  -> head    Register, Fingerprint, Heartbeat, Listening, RankUpdate, RankGone, EpochEnded, Generate, Abort,
                      DrainRequest, Goodbye
-    head  -> node    Welcome, Wait, Rejoin, Heartbeat, Assign, Connect, EndEpoch, ClusterState, Tokens, RequestFailed,
-                     Shutdown
+    head  -> node    Welcome, Wait, Rejoin, Heartbeat, Assign, Connect, EndEpoch, ClusterState, ClusterNews, Tokens,
+                     RequestFailed, Shutdown
     rank  -> agent   RankHello, Listening (rank 0), RankUpdate, RankGone
     agent -> rank    RankStart, Connect, RankStop
     head  -> rank 0  Generate, Abort, Heartbeat
@@ -170,8 +170,9 @@ class Connect(Message, frozen=True):
 class RankProgress(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array_like=True):
     """How far a rank's main thread is, as its agent reads it; no thread of the rank says it in its stead.
 
-    `num_waits` counts the collectives and receives that it has entered, `wait` names the last; `waiting` is True until
-    it has left that. `process` is the state of its process in /proc: R, S, D, T (stopped), Z.
+    `step` is the last that it has begun, and `in_step` whether it is still in that. `num_waits` counts the collectives
+    and receives that it has entered, `wait` names the last; `waiting` is True until it has left that, and also while it
+    has nothing to do. `process` is the state of its process in /proc: R, S, D, T (stopped), Z.
     """
 
     rank: int
@@ -180,6 +181,7 @@ class RankProgress(msgspec.Struct, frozen=True, forbid_unknown_fields=True, arra
     wait: str
     waiting: bool
     process: str
+    in_step: bool = False
 
 
 class Heartbeat(Message, frozen=True):
@@ -313,6 +315,21 @@ class ClusterState(Message, frozen=True):
     nodes: tuple[NodeView, ...]
     plan: dict[str, Any]
     standbys: tuple[NodeView, ...] = ()
+    restarts: tuple[RestartView, ...] = ()
+    startup_s: dict[str, float] = {}
+    retried: int = 0
+    engine: EngineInfo | None = None
+    stats: EngineStats = EngineStats()
+
+
+class ClusterNews(Message, frozen=True):
+    """A ClusterState without what grows with the cluster, its nodes and its plan: where that is too large to be sent
+    to all nodes at once, this comes first."""
+
+    state: str
+    reason: str
+    epoch: int
+    phase: str
     restarts: tuple[RestartView, ...] = ()
     startup_s: dict[str, float] = {}
     retried: int = 0
@@ -533,6 +550,7 @@ Body = (
     | EndEpoch
     | EpochEnded
     | ClusterState
+    | ClusterNews
     | DrainRequest
     | Shutdown
     | Goodbye

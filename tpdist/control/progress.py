@@ -5,9 +5,11 @@ after every collective. A thread that hangs stops writing, and what it wrote las
 its process has been stopped. Each rank has a cache line:
 
     step        the last step that it has begun
+    in_step     whether it is still in that
     entered     waits for other ranks (collectives, receives between stages) that it has entered
     left        those that it has left again
     wait        which kind the last one was, as an index into WAITS
+    idle        whether it waits for something to do: no advance, however often it looks
 """
 
 import mmap
@@ -18,10 +20,10 @@ from pathlib import Path
 
 from tpdist.control.messages import RankProgress
 
-WAITS = ("none", "all_reduce", "gather", "broadcast", "receive", "send", "warmup")
+WAITS = ("none", "all_reduce", "gather", "broadcast", "receive", "send")
 LINE_BYTES = 64
 WORDS = LINE_BYTES // 8
-STEP, ENTERED, LEFT, WAIT = range(4)
+STEP, IN_STEP, ENTERED, LEFT, WAIT, IDLE = range(6)
 
 
 class Watch:
@@ -34,6 +36,14 @@ class Watch:
 
     def begin_step(self, step: int) -> None:
         self._words[STEP] = step
+        self._words[IN_STEP] = 1
+
+    def end_step(self) -> None:
+        self._words[IN_STEP] = 0
+
+    def idle(self, is_idle: bool) -> None:
+        """Before and after a wait for something to do."""
+        self._words[IDLE] = is_idle
 
     def enter(self, wait: int) -> None:
         """Before a wait for other ranks; `wait` is an index into WAITS."""
@@ -74,8 +84,9 @@ class ProgressFile:
             step=line[STEP],
             num_waits=entered,
             wait=WAITS[line[WAIT]],
-            waiting=entered > left,
+            waiting=entered > left or bool(line[IDLE]),
             process=process_state(pid),
+            in_step=bool(line[IN_STEP]),
         )
 
 

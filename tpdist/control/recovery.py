@@ -8,6 +8,7 @@ Pure, like everything that membership.advance calls.
 """
 
 from dataclasses import replace
+from typing import Any
 
 from tpdist.control import deadlines
 from tpdist.control.endings import dismissal, end
@@ -31,7 +32,8 @@ def abort(state: State, failure: Failure, now: float, rules: Rules) -> Answer:
     restart = Restart(epoch=state.epoch, failure=failure, at=now)
     left, actions = _without(state, failure.instance, failure.cause)
     running = state.phase in RANK_PHASES
-    nodes = {key: replace(node, ranks={}, paces={}, ended=not running) for key, node in left.nodes.items()}
+    anew: dict[str, Any] = {"ranks": {}, "updated_at": {}, "paces": {}, "ended": not running}
+    nodes = {key: replace(node, **anew) for key, node in left.nodes.items()}
     aborted = replace(
         left,
         phase="recover",
@@ -52,7 +54,10 @@ def on_epoch_ended(state: State, key: Key, now: float, rules: Rules) -> Answer:
     """A node has no rank left."""
     if state.phase != "recover":
         return state, ()
-    return proceed(state.update(key, replace(state.nodes[key], ended=True)), now, rules)
+    state = state.update(key, replace(state.nodes[key], ended=True))
+    if not all(node.ended for node in state.nodes.values()):
+        return state, ()  # who is lost meanwhile is found with the next tick
+    return proceed(state, now, rules)
 
 
 def proceed(state: State, now: float, rules: Rules) -> Answer:

@@ -7,7 +7,6 @@ its client has seen a part of an answer, which nobody may change, so it fails. P
     running   at the engine; `started` once anything of it has been delivered
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from tpdist.control.messages import Generate, TokenOutput
@@ -93,15 +92,17 @@ class Requests:
             self.num_waiting += 1
         return lost
 
-    def resume(self) -> Iterator[Generate]:
+    def resume(self) -> list[Generate]:
         """There is an engine again: everything that waits, in the order in which it came."""
+        resumed = []
         for entry in self._entries.values():
             if entry.waiting:
                 assert entry.request is not None, "a request that has produced something does not wait"
                 entry.waiting = False
-                self.num_waiting -= 1
                 self.num_retried += entry.retries > 0
-                yield entry.request
+                resumed.append(entry.request)
+        self.num_waiting = 0
+        return resumed
 
     def overdue(self, now: float, limit_s: float) -> list[tuple[str, bytes]]:
         """Requests that have waited for longer than `limit_s`, (id, origin); they are forgotten."""

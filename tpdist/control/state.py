@@ -5,6 +5,7 @@ membership.py makes the next State from the last, deadlines.py looks for what to
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import msgspec
@@ -55,7 +56,7 @@ class Rules:
     max_restarts: int
     retry_timeout_s: float
 
-    @property
+    @cached_property
     def keys(self) -> tuple[Key, ...]:
         """The places of this cluster, in the order of global ranks."""
         return (None, *range(self.num_workers))
@@ -72,14 +73,16 @@ class RankPace:
 
 @dataclass(frozen=True)
 class Node:
-    """One node. `last_seen` is when it was heard last, `seen_at` the number of the tick before that, `hung_up_at` when
-    its connection closed without another. `ended`: none of its ranks is left of the epoch that was aborted."""
+    """One node. `updated_at`: when each of its `ranks` reported last. `last_seen` is when it was heard last, `seen_at`
+    the number of the tick before that, `hung_up_at` when its connection closed without another. `ended`: none of its
+    ranks is left of the epoch that was aborted."""
 
     register: Register
     last_seen: float
     seen_at: int
     fingerprint: Fingerprint | None = None
     ranks: Mapping[int, RankUpdate] = field(default_factory=dict)
+    updated_at: Mapping[int, float] = field(default_factory=dict)
     paces: Mapping[int, RankPace] = field(default_factory=dict)
     hung_up_at: float | None = None
     ended: bool = False
@@ -153,7 +156,7 @@ class State:
 
     def admit(self, key: Key, node: Node) -> "State":
         """With a new instance in a place; who held it before is no member any more."""
-        left = self.dismiss(key)
+        left = self.dismiss(key) if key in self.nodes else self
         return replace(left, nodes={**left.nodes, key: node}, members={**left.members, node.register.instance: key})
 
     def dismiss(self, key: Key) -> "State":

@@ -1,6 +1,16 @@
 """The cluster as people and other nodes see it: /v1/cluster, `tpdist status`, /readyz. Pure."""
 
-from tpdist.control.messages import ClusterState, EngineStats, NodeView, RankUpdate, RankView, RestartView
+import msgspec
+
+from tpdist.control.messages import (
+    ClusterNews,
+    ClusterState,
+    EngineStats,
+    NodeView,
+    RankUpdate,
+    RankView,
+    RestartView,
+)
 from tpdist.control.state import Node, RankPace, State, node_id
 from tpdist.errors import InterruptedByUser
 
@@ -26,6 +36,16 @@ def view(state: State, now: float, *, stats: EngineStats, retried: int = 0) -> C
         engine=state.engine,
         stats=stats,
     )
+
+
+def news_of(view: ClusterState) -> ClusterNews:
+    """What is in a view besides the nodes and the plan."""
+    return ClusterNews(**{name: getattr(view, name) for name in ClusterNews.__struct_fields__})
+
+
+def with_news(view: ClusterState, news: ClusterNews) -> ClusterState:
+    """An earlier view with what is new; its nodes and its plan stay as they were."""
+    return msgspec.structs.replace(view, **msgspec.structs.asdict(news))
 
 
 def _state_name(state: State) -> str:

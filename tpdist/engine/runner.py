@@ -102,6 +102,7 @@ class Runner:
         stage, None elsewhere. Raises PlanGapError unless `plan` is the next one of this epoch."""
         self._check_order(plan)
         result = self._run(plan)
+        self._watch.end_step()
         return result if self._group.rank == 0 else None
 
     def _run(self, plan: StepPlan) -> StepResult | None:

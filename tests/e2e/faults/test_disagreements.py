@@ -4,6 +4,8 @@ What one node can see by itself ends with 2 before anything starts; what only th
 """
 
 import contextlib
+import os
+import shutil
 import socket
 import time
 from collections.abc import Iterator
@@ -178,6 +180,25 @@ def test_another_model_on_one_node_ends_every_node(processes: Processes, model: 
     log = all_end_with_5(processes)
     each_names(processes, "model.safetensors")
     assert "config.json" not in log, "only the weights differ"
+
+
+@pytest.mark.parametrize("damaged", ["head", "worker-0"])
+def test_a_truncated_checkpoint_on_one_node_ends_every_node_with_its_file(
+    processes: Processes, model: Path, tmp_path: Path, damaged: str
+) -> None:
+    folder = Path(shutil.copytree(model, tmp_path / "model"))
+    weights = folder / "model.safetensors"
+    os.truncate(weights, weights.stat().st_size - 1000)
+    port = free_port()
+    variables = {
+        "head": head_variables(port, world_size=2, num_workers=1),
+        "worker-0": worker_variables(0, port, world_size=2),
+    }
+    for name, values in variables.items():
+        processes.serve(name, folder if name == damaged else model, values)
+    assert processes.exit_codes(AT_ONCE_S) == {"head": 4, "worker-0": 4}, processes.logs()
+    each_names(processes, str(weights))
+    assert "Traceback" not in processes.logs()
 
 
 def test_another_release_on_one_node_ends_every_node(processes: Processes, model: Path, tmp_path: Path) -> None:
