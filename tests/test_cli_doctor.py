@@ -68,7 +68,7 @@ def test_under_torchrun_there_is_nothing_to_examine(
 
 
 def test_a_remote_head_needs_the_key(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr("tpdist.preflight.doctor.addresses_towards", lambda host, port: ("10.0.0.2", "10.0.0.1"))
+    monkeypatch.setattr("tpdist.introduction.addresses_towards", lambda host, port: ("10.0.0.2", "10.0.0.1"))
     flags = ["--global-world-size", "2", "--worker-id", "0", "--worker-server-addr", "10.0.0.1:7100"]
     assert run(["doctor", *flags]) == 2
     assert "TPDIST_KEY_FILE" in capsys.readouterr().err

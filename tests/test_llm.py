@@ -4,9 +4,9 @@ import asyncio
 import json
 import os
 import signal
-import threading
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any

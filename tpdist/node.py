@@ -30,10 +30,11 @@ from tpdist.control.head_link import Joining
 from tpdist.control.layout import make_layout
 from tpdist.control.messages import DrainRequest, Fingerprint, ProbeReport, RankUpdate, Register
 from tpdist.control.placing import OneProcess
-from tpdist.control.route import addresses_towards, interface_of, is_loopback
+from tpdist.control.route import LOOPBACK, interface_of
 from tpdist.control.state import Layout, NodeFacts, Rules
 from tpdist.control.supervisor import Supervisor
 from tpdist.errors import InterruptedByUser, JoinError, LostError, SettingsError, TpdistError
+from tpdist.introduction import control_host, introduce
 from tpdist.models import registry
 from tpdist.place import place_of
 from tpdist.plan.model_config import ModelConfig
@@ -45,7 +46,6 @@ logger = logging.getLogger(__name__)
 PROBE_TIMEOUT_S = 120.0
 # A rank that waits for one that hangs gives up after the head has had time to see which one it is.
 COLLECTIVE_HEARTBEATS = 10
-LOOPBACK = "127.0.0.1"
 MAX_SOCKET_PATH_BYTES = 107
 
 
@@ -187,7 +187,7 @@ class Node:
         self._router = AsyncRouter(name="control", codec=Codec(), keys=self._keys)
         self._router.bind(f"ipc://{self._run_dir}/control.sock")
         if place.control_port is not None:
-            host = _control_host(settings)
+            host = control_host(settings)
             self._bind_control(host, place.control_port)
             _explain_control(settings, host, place.control_port)
         rules = Rules(
@@ -245,30 +245,8 @@ class Node:
         return tcp_address(*self._place.head)
 
     def _register(self, instance: str) -> Register:
-        """What this node says first, under this instance id. Raises JoinError without a route to the head,
-        SettingsError when the control plane would leave this machine without a key."""
-        address = head_address = LOOPBACK
-        if self._place.head is not None:
-            host = self._place.head.host
-            address, head_address = addresses_towards(*self._place.head)
-            if not is_loopback(head_address) and self._keys is None and not self._settings.insecure:
-                name = host if host == head_address else f"{host} ({head_address})"
-                raise SettingsError(
-                    f"the head {name} is not this machine: set TPDIST_KEY_FILE "
-                    "to the key that `tpdist keygen` made for the cluster (or TPDIST_INSECURE=1 on a trusted network)"
-                )
-        return Register(
-            instance=instance,
-            worker_id=self._place.worker_id,
-            hostname=os.uname().nodename,
-            pid=os.getpid(),
-            address=address,
-            head_address=head_address,
-            interface=interface_of(address),
-            global_world_size=self._place.global_world_size,
-            local_world_size=self._place.local_world_size,
-            standby=self._place.standby,
-        )
+        """What this node says first. Raises JoinError or SettingsError."""
+        return introduce(self._settings, self._place, instance=instance, head=self._place.head)
 
     async def _fingerprint(self) -> Fingerprint:
         report, model = await asyncio.gather(probe_in_child(), self._model)
@@ -297,10 +275,6 @@ def one_process_of(settings: Settings) -> OneProcess | None:
 
 def _engine_address(run_dir: Path) -> str:
     return f"ipc://{run_dir}/engine.sock"
-
-
-def _control_host(settings: Settings) -> str:
-    return "*" if settings.key_file is not None or settings.insecure else LOOPBACK
 
 
 def _explain_control(settings: Settings, host: str, port: int) -> None:

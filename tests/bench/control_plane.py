@@ -112,7 +112,9 @@ class Process:
 async def process(role: str, profile: str | None = None) -> AsyncIterator[Process]:
     options = ["-m", "cProfile", "-o", profile] if profile else []
     pipes = {"stdin": asyncio.subprocess.PIPE, "stdout": asyncio.subprocess.PIPE, "limit": LINE_BYTES}
-    started = Process(role, await asyncio.create_subprocess_exec(sys.executable, *options, str(PROCESSES), role, **pipes))
+    started = Process(
+        role, await asyncio.create_subprocess_exec(sys.executable, *options, str(PROCESSES), role, **pipes)
+    )
     try:
         yield started
     finally:
@@ -179,15 +181,14 @@ class Cluster:
 
 async def measure(size: int, arguments: Namespace) -> dict[Claim, float]:
     """One life of a cluster: it starts, idles, and loses a rank and two nodes."""
-    async with process("head", arguments.profile) as head:
-        async with all_groups() as groups:
-            cluster = Cluster(head, groups, size, arguments)
-            await cluster.start()
-            found = await startup(cluster)
-            await cluster.settle()
-            found |= await idleness(cluster, arguments.window_s)
-            found |= await losses(cluster, arguments)
-            found[MEMORY] = (await cluster.usage())["peak_bytes"] / 1e6
+    async with process("head", arguments.profile) as head, all_groups() as groups:
+        cluster = Cluster(head, groups, size, arguments)
+        await cluster.start()
+        found = await startup(cluster)
+        await cluster.settle()
+        found |= await idleness(cluster, arguments.window_s)
+        found |= await losses(cluster, arguments)
+        found[MEMORY] = (await cluster.usage())["peak_bytes"] / 1e6
     return found
 
 

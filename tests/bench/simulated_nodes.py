@@ -42,10 +42,12 @@ GPU_BYTES = 80 * 2**30
 MEMORY_BYTES = 2**40
 CHECKPOINT_BYTES = 2**30
 VIEW = msgspec.msgpack.encode("ClusterState")
+NEWS = msgspec.msgpack.encode("ClusterNews")
 SERVING = msgspec.msgpack.encode("state") + msgspec.msgpack.encode("ready")
 TAG_BYTES = 128
-MOMENTS = ("assigned", "ready", "served", "ended")
-"""Of a node: it has its Assign, its rank is ready, it knows that the cluster is, it was told that the epoch ended."""
+MOMENTS = ("assigned", "ready", "served", "shown", "ended")
+"""Of a node: it has its Assign, its rank is ready, it knows that the cluster is, it has the whole view of that, it was
+told that the epoch ended."""
 
 
 def register_of(key: Key, instance: str) -> Register:
@@ -225,8 +227,10 @@ class SimulatedNode:
     def _on_control(self, frame: bytes) -> None:
         counts = self._nodes.counts
         beginning = frame[:TAG_BYTES]
-        if SERVING in beginning and b"Cluster" in beginning:
+        if SERVING in beginning and any(kind in beginning for kind in (VIEW, NEWS)):
             counts.come("served", self.instance)
+            if VIEW in beginning:
+                counts.come("shown", self.instance)
         if VIEW in beginning and not self._nodes.decodes_views(self):
             counts.received("ClusterState", frame)
             return
@@ -327,7 +331,7 @@ class SimulatedNodes:
         if key in self._nodes:
             self._nodes[key].close()
         self._nodes[key] = self._new(key)
-        for moment in ("assigned", "ready", "served"):
+        for moment in ("assigned", "ready", "served", "shown"):
             self.counts.due[moment].add(self._nodes[key].instance)
 
     def decodes_views(self, node: SimulatedNode) -> bool:

@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 ENGINE_IDENTITY = b"engine"
 SERVING = ("ready", "draining")
 AT_ONCE_BYTES = 1 << 20
-PUBLISH_BYTES_PER_S = 16e6
+PUBLISH_BYTES_PER_S = 10e6
 REFRESH_BYTES_PER_S = 4e6
 OWN_HEARTBEATS = 5
 
@@ -180,8 +180,8 @@ class Coordinator:
         """Send the view to every node on news, and now and then for steps and ages.
 
         Its size grows with the number of nodes, and so does the number of its readers. Where it is too large for all
-        at once, they get the news alone first, and then the view, a few of them at a time, those first that have waited
-        longest.
+        at once, they get the news alone first, and then the view, a few of them at a time: the head's own node, then
+        those that have waited longest.
         """
         waiting: list[bytes] = []
         total_bytes = 0
@@ -193,7 +193,9 @@ class Coordinator:
                 self._news.clear()
                 shown, is_behind = self._view(), set(waiting)
                 frame = self._router.frame_of(shown)
-                everybody = [instance.encode() for instance in (*self._state.members, *self._state.standbys)]
+                nodes = (*self._state.ordered, *self._state.standbys.values())
+                everybody = [node.register.instance.encode() for node in nodes]
+                is_behind.update(everybody[:1])
                 waiting = sorted(everybody, key=lambda identity: identity not in is_behind)
                 total_bytes = len(everybody) * len(frame)
                 if total_bytes > AT_ONCE_BYTES:

@@ -68,6 +68,8 @@ def _heard(state: State, heard: Heard, now: float, rules: Rules) -> Answer:
     if heard.instance not in state.members:
         return state, endings.answer_stranger(state, heard.instance, heard.body)
     key = state.members[heard.instance]
+    if isinstance(heard.body, Heartbeat):
+        return _beat(state, key, heard.body, heard.epoch, now), ()
     state = state.heard(key, now)
     match heard.body:
         case Goodbye() as goodbye:
@@ -80,7 +82,7 @@ def _heard(state: State, heard: Heard, now: float, rules: Rules) -> Answer:
             return joining.on_fingerprint(state, key, fingerprint, now, rules)
         case EpochEnded() if heard.epoch == state.epoch:
             return recovery.on_epoch_ended(state, key, now, rules)
-        case Listening() | RankUpdate() | RankGone() | Heartbeat() if _is_current(state, heard.epoch):
+        case Listening() | RankUpdate() | RankGone() if _is_current(state, heard.epoch):
             return _heard_of_ranks(state, key, heard.body, now, rules)
         case _:
             return state, ()
@@ -147,11 +149,9 @@ def _is_current(state: State, epoch: int) -> bool:
 
 
 def _heard_of_ranks(
-    state: State, key: Key, body: Listening | RankUpdate | RankGone | Heartbeat, now: float, rules: Rules
+    state: State, key: Key, body: Listening | RankUpdate | RankGone, now: float, rules: Rules
 ) -> Answer:
     match body:
-        case Heartbeat(ranks=ranks):
-            return _with_progress(state, key, ranks, now), ()
         case Listening() if key is None and state.phase in ("start", "connect"):
             connect = Connect(store_port=body.store_port, plan_port=body.plan_port)
             return state, tuple(Send(node.register.instance, connect) for node in state.nodes.values())
@@ -163,13 +163,16 @@ def _heard_of_ranks(
             return state, ()
 
 
-def _with_progress(state: State, key: Key, ranks: tuple[RankProgress, ...], now: float) -> State:
-    """Note which ranks have advanced, and which stand still."""
-    before = state.nodes[key].paces
-    paces = {progress.rank: _pace(before.get(progress.rank), progress, now) for progress in ranks}
+def _beat(state: State, key: Key, beat: Heartbeat, epoch: int, now: float) -> State:
+    """Note a sign of life, which ranks have advanced, and which stand still. Most of what a head hears is this, so it
+    is one change of the state."""
+    node = seen(state.nodes[key], now, state.ticks)
+    if state.outcome is not None or not _is_current(state, epoch):
+        return state.update(key, node)
+    paces = {progress.rank: _pace(node.paces.get(progress.rank), progress, now) for progress in beat.ranks}
     advanced = any(pace.advanced_at == now for pace in paces.values())
-    state = state.update(key, replace(state.nodes[key], paces=paces))
-    return replace(state, advanced_at=now) if advanced else state
+    nodes = {**state.nodes, key: replace(node, paces=paces)}
+    return replace(state, nodes=nodes, advanced_at=now if advanced else state.advanced_at)
 
 
 def _pace(before: RankPace | None, progress: RankProgress, now: float) -> RankPace:

@@ -6,7 +6,6 @@ or a link that is broken ends nothing: it becomes a line.
 
 import asyncio
 import contextlib
-import os
 import socket
 import uuid
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -17,8 +16,10 @@ import msgspec
 
 from tpdist.control.channel import AsyncDealer, AsyncRouter, ClusterKeys, Codec, tcp_address
 from tpdist.control.messages import Register
-from tpdist.control.route import LOOPBACK, addresses_towards, interface_of, is_loopback
+from tpdist.control.route import LOOPBACK, interface_of
 from tpdist.errors import JoinError, SettingsError, TpdistError
+from tpdist.introduction import control_host, introduce
+from tpdist.place import place_of
 from tpdist.preflight.consult import (
     HeadSilentError,
     LocalColleague,
@@ -106,7 +107,7 @@ class Doctor:
         keys = ClusterKeys.read(settings.key_file) if settings.key_file else None
         router = AsyncRouter(name="doctor", codec=Codec(), keys=keys)
         try:
-            _bind(router, _control_host(settings), settings.head_port)
+            _bind(router, control_host(settings), settings.head_port)
             practice = Practice(router, settings.head_num_workers or 0)
             async with _running(practice):
                 yield practice
@@ -115,7 +116,7 @@ class Doctor:
 
     async def _gathered(self, station: Station, practice: Practice) -> Examination:
         settings = self.settings
-        host = _control_host(settings)
+        host = control_host(settings)
         control = f"port {settings.head_port} of {'all interfaces' if host == '*' else host}"
         self.say(f"waiting for {settings.head_num_workers} workers on {control}, at most {self.timeout_s:g} s")
         own, came = await asyncio.gather(self._findings(station), practice.gather(timeout_s=self.timeout_s))
@@ -189,7 +190,6 @@ class Doctor:
         findings = asyncio.create_task(self._findings(station))
         try:
             register = _introduction(settings, head=head)
-            _check_key(settings, register, head)
             return await self._visit(station, register, head, findings)
         except HeadSilentError as error:
             if error.heard:
@@ -255,19 +255,6 @@ def resolve(host: str) -> tuple[tuple[str, ...], str]:
     return tuple(dict.fromkeys(str(entry[4][0]) for entry in found)), ""
 
 
-def _control_host(settings: Settings) -> str:
-    return "*" if settings.key_file is not None or settings.insecure else LOOPBACK
-
-
-def _check_key(settings: Settings, register: Register, head: HostPort) -> None:
-    """A control plane without a key does not leave this machine. Raises SettingsError."""
-    if not is_loopback(register.head_address) and settings.key_file is None and not settings.insecure:
-        raise SettingsError(
-            f"the head {head.host} ({register.head_address}) is not this machine: set TPDIST_KEY_FILE to the key that "
-            "`tpdist keygen` made for the cluster (or TPDIST_INSECURE=1 on a trusted network)"
-        )
-
-
 def _bind(router: AsyncRouter, host: str, port: int | None) -> None:
     assert port is not None, "a head has a port"
     try:
@@ -280,19 +267,8 @@ def _bind(router: AsyncRouter, host: str, port: int | None) -> None:
 
 
 def _introduction(settings: Settings, *, head: HostPort | None = None) -> Register:
-    """Who this node is. Raises NoRouteError."""
+    """Who this node is. Raises NoRouteError, or SettingsError without a key that is needed."""
     try:
-        address, head_address = (LOOPBACK, LOOPBACK) if head is None else addresses_towards(*head)
+        return introduce(settings, place_of(settings), instance=uuid.uuid4().hex, head=head)
     except JoinError as error:
         raise NoRouteError(str(error)) from error
-    return Register(
-        instance=uuid.uuid4().hex,
-        worker_id=settings.worker_id,
-        hostname=os.uname().nodename,
-        pid=os.getpid(),
-        address=address,
-        head_address=head_address,
-        interface=interface_of(address),
-        global_world_size=settings.global_world_size,
-        local_world_size=settings.local_world_size,
-    )
