@@ -524,7 +524,7 @@ def test_a_name_is_reached_over_ipv4_unless_it_has_only_ipv6(
         return [object()]
 
     monkeypatch.setattr(channel.socket, "getaddrinfo", resolve)
-    assert channel._is_ipv6(address) is ipv6
+    assert channel.needs_ipv6(address) is ipv6
 
 
 def test_a_node_may_connect_before_its_head_listens(tmp_path: Path) -> None:

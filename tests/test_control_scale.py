@@ -15,7 +15,7 @@ from waiting import within
 
 from tpdist.control.channel import AsyncRouter, Codec
 from tpdist.control.coordinator import Coordinator
-from tpdist.control.messages import ClusterState, EngineStats, Heartbeat, RankProgress
+from tpdist.control.messages import ClusterNews, ClusterState, EngineStats, Heartbeat, RankProgress
 from tpdist.control.state import Key, name_of
 from tpdist.control.view import news_of, view, with_news
 
@@ -94,7 +94,7 @@ def test_a_closed_connection_ends_the_epoch_on_the_other_nodes(bench: Callable[[
 def test_a_view_that_is_too_large_for_all_at_once_comes_to_all_after_the_news(
     bench: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tpdist.control.coordinator.AT_ONCE_BYTES", 100_000)
+    monkeypatch.setattr("tpdist.control.publishing.AT_ONCE_BYTES", 100_000)
 
     async def main() -> None:
         async with cluster(bench) as nodes:
@@ -104,13 +104,17 @@ def test_a_view_that_is_too_large_for_all_at_once_comes_to_all_after_the_news(
     run(main())
 
 
+def test_news_are_all_of_a_view_but_what_grows_with_the_cluster() -> None:
+    names = {*ClusterState.__struct_fields__} - {*ClusterNews.__struct_fields__}
+    assert names == {"nodes", "plan", "standbys"}
+
+
 def test_an_earlier_view_with_the_news_is_the_view_but_for_nodes_and_plan() -> None:
     head = Head(rules_of(1))
     head.start()
     earlier = view(head.state, head.now, stats=EngineStats())
     head.update("ready", kv_blocks=32)
     later = view(head.state, head.now, stats=EngineStats(num_requests_running=1), retried=2)
-    assert isinstance(later, ClusterState)
     assert earlier.state == "starting"
     assert with_news(earlier, news_of(later)) == msgspec.structs.replace(later, nodes=earlier.nodes, plan=earlier.plan)
 

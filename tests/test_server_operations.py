@@ -157,12 +157,9 @@ def test_metrics_tell_of_each_rank_by_its_node(app: FastAPI) -> None:
 
 
 def test_metrics_tell_why_epochs_ended_and_how_long_phases_took(app: FastAPI, client: FakeClient) -> None:
-    reasons = ("rank_lost", "node_lost", "rank_lost")
-    restarts = tuple(
-        RestartView(epoch=epoch, cause="x", reason=reason, age_s=100 - epoch)
-        for epoch, reason in enumerate(reasons, start=1)
-    )
-    client.current = ready_state(restarts=restarts, startup_s={"register": 0.5, "load": 12}, retried=4)
+    restarts = (RestartView(epoch=3, cause="x", reason="rank_lost", age_s=97),)
+    aborts = {"rank_lost": 2, "node_lost": 1}
+    client.current = ready_state(restarts=restarts, aborts=aborts, startup_s={"register": 0.5, "load": 12}, retried=4)
     found = samples(app)
     expected = {
         "tpdist_epoch_aborts_totalrank_lost": 2,

@@ -36,6 +36,8 @@ from tpdist.server.tokenizer import open_tokenizer
 from tpdist.settings import Role, Settings
 
 INTERNAL_SERVER_ERROR = 500
+NEWS_S = 5.0
+"""For the news that follow a lost request: whether the node ends."""
 Prompt = str | Sequence[int]
 Result = TypeVar("Result")
 
@@ -202,9 +204,10 @@ class LLM:
         """Whether this node goes on although a request was lost: it is told of either after that."""
         if self._settings.max_restarts == 0:
             return False
-        with suppress(RequestError):
-            await self._node.agent.wait_until(lambda state: state.state != "ready")
-        return self._node.agent.state().state == "recovering"
+        with suppress(RequestError, TimeoutError):
+            async with asyncio.timeout(NEWS_S):
+                await self._node.agent.wait_until(lambda state: state.state != "ready")
+        return self._node.agent.state().state in ("recovering", "ready")
 
     async def _end_of_node(self) -> TpdistError:
         """Why the node is ending: it has the first cause when it has ended."""

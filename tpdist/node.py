@@ -44,7 +44,6 @@ from tpdist.settings import Settings
 logger = logging.getLogger(__name__)
 
 PROBE_TIMEOUT_S = 120.0
-# A rank that waits for one that hangs gives up after the head has had time to see which one it is.
 COLLECTIVE_HEARTBEATS = 10
 MAX_SOCKET_PATH_BYTES = 107
 
@@ -109,6 +108,7 @@ class Node:
         self._keys = ClusterKeys.read(settings.key_file) if settings.key_file else None
         self._place = place_of(settings)
         self._run_dir = run_dir
+        self._supervises = supervise
         self._restarts = settings.max_restarts if supervise else 0
         self._coordinator = self._make_coordinator() if self._place.is_head else None
         joining = Joining(
@@ -231,13 +231,22 @@ class Node:
             global_world_size=self._place.global_world_size,
             store_port=settings.store_port,
             load_timeout_s=settings.load_timeout_s,
-            collective_timeout_s=settings.hang_timeout_s + COLLECTIVE_HEARTBEATS * settings.heartbeat_interval_s,
+            collective_timeout_s=self._collective_timeout_s(),
             local_interface=interface_of,
         )
         if self._on_plan is not None and layout.placement not in (None, self._planned):
             self._on_plan(model, layout.placement)
         self._planned = layout.placement
         return layout
+
+    def _collective_timeout_s(self) -> float:
+        """How long a rank waits for others. What hangs is for the head to see, which knows whether any rank advances;
+        a stage may wait long for a slow one. Ranks that nobody kills give up by themselves, after the head has had time
+        to see which one hangs."""
+        settings = self._settings
+        if self._supervises:
+            return settings.load_timeout_s
+        return settings.hang_timeout_s + COLLECTIVE_HEARTBEATS * settings.heartbeat_interval_s
 
     def _head_address(self) -> str:
         if self._place.head is None:

@@ -21,8 +21,8 @@ import torch
 
 from tpdist.cache_room import blocks_with_room
 from tpdist.control.channel import ClusterKeys, Codec, Dealer, Router, wait_any
-from tpdist.control.coordinator import ENGINE_IDENTITY
 from tpdist.control.messages import (
+    ENGINE_IDENTITY,
     Abort,
     Envelope,
     Generate,
@@ -221,20 +221,21 @@ class Rank:
         return requests
 
     def _run_engine(self, engine: Engine, requests: Dealer, runner: Runner) -> None:
-        told = engine.stats()
+        told, owes_a_word = engine.stats(), False
         answering = self._peers.plans if len(self._assign.stages) > 1 else None
         links: list[Dealer | Router] = [self._link, requests, *([answering] if answering else [])]
         while not self._told_to_stop(links, block=engine.idle):
             if answering is not None:
                 self._results.extend(_arrived_results(answering))
             while (envelope := requests.receive()) is not None:
+                owes_a_word = True
                 _take_request(engine, requests, envelope)
             outputs = engine.step()
-            if outputs is None and engine.num_in_flight == 0 and engine.stats() != told:
-                # An abort freed blocks, and there is no step whose outputs would say so.
+            if outputs is None and engine.num_in_flight == 0 and (owes_a_word or engine.stats() != told):
+                # An abort has no step whose outputs would say that it was heard, and what it freed.
                 outputs = StepOutputs(step=runner.step, outputs=(), stats=engine.stats())
             if outputs is not None:
-                told = outputs.stats
+                told, owes_a_word = outputs.stats, False
                 requests.send(outputs)
 
     def _run_plans(self, runner: Runner) -> None:

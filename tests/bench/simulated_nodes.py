@@ -16,8 +16,8 @@ import msgspec
 import zmq
 
 from tpdist.control.channel import ClusterKeys, Codec
-from tpdist.control.head_link import HEARTBEAT_SUFFIX
 from tpdist.control.messages import (
+    HEARTBEAT_SUFFIX,
     Assign,
     Connect,
     DeviceInfo,

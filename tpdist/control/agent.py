@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 
 from tpdist import log
-from tpdist.control.channel import HeadLostError
+from tpdist.control.channel import HeadLostError, needs_ipv6
 from tpdist.control.head_link import HeadLink, Joining
 from tpdist.control.messages import (
     Abort,
@@ -85,6 +85,7 @@ class NodeAgent:
         """Join and serve until the end; afterwards the ranks are gone and the head has been told."""
         self._supervisor = supervisor
         self._spawn(self._stay_joined())
+        supervisor.broken.add_done_callback(self._on_supervisor_broken)
         outcome = Outcome(TpdistError.exit_code, "the agent failed")
         try:
             outcome = await self._outcome
@@ -134,6 +135,10 @@ class NodeAgent:
         if not task.cancelled() and (error := task.exception()) and not self._outcome.done():
             self._outcome.set_exception(error)
 
+    def _on_supervisor_broken(self, broken: "asyncio.Future[None]") -> None:
+        if not broken.cancelled() and (error := broken.exception()) and not self._outcome.done():
+            self._outcome.set_exception(error)
+
     def _finish(self, exit_code: int, cause: str) -> None:
         if not self._outcome.done():
             self._outcome.set_result(Outcome(exit_code, cause))
@@ -156,9 +161,14 @@ class NodeAgent:
 
     # -- the head -----------------------------------------------------------------------------------------------------
 
-    def _new_link(self, *, lost: str = "") -> HeadLink:
+    def _new_link(self, *, lost: str = "", ipv6: bool | None = None) -> HeadLink:
         return HeadLink(
-            self._joining, fingerprint=self._fingerprint, handle=self._handle, progress=self._progress, lost=lost
+            self._joining,
+            fingerprint=self._fingerprint,
+            handle=self._handle,
+            progress=self._progress,
+            lost=lost,
+            ipv6=ipv6,
         )
 
     def _progress(self) -> tuple[RankProgress, ...]:
@@ -175,8 +185,9 @@ class NodeAgent:
                 raise LostError(f"{cause}; the ranks of this node were ended")
             self._link.welcomed.clear()
             await self._leave(cause)
+            ipv6 = await asyncio.to_thread(needs_ipv6, self._joining.head)
             self._link.close(linger=False)
-            self._link = self._new_link(lost=cause)
+            self._link = self._new_link(lost=cause, ipv6=ipv6)
 
     async def _leave(self, cause: str) -> None:
         """No rank of this node works for a head that is lost, and nobody waits for its answers."""
@@ -196,6 +207,8 @@ class NodeAgent:
             await link.send(EpochEnded(instance=link.instance))
 
     async def _handle(self, envelope: Envelope) -> None:
+        if self._outcome.done():
+            return
         assert self._supervisor is not None
         body, codec = envelope.body, self._link.codec
         match body:
@@ -252,7 +265,7 @@ class NodeAgent:
                 yield output
         finally:
             del self._streams[request.request_id]
-            if not finished and link is self._link:
+            if not finished and link is self._link and not self._outcome.done():
                 await link.send(Abort(request_id=request.request_id))
 
     async def drain(self, request: DrainRequest) -> None:

@@ -11,6 +11,7 @@ import hashlib
 import logging
 import socket
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,7 @@ __all__ = [
     "PeerGoneError",
     "Router",
     "close_blocking_sockets",
+    "needs_ipv6",
     "tcp_address",
     "wait_any",
 ]
@@ -159,11 +161,13 @@ def _prepare_server(zmq_socket: Any, keys: ClusterKeys | None) -> None:
         zmq_socket.curve_publickey = keys.head_public
 
 
-def _connect(zmq_socket: Any, address: str, *, identity: bytes, keys: ClusterKeys | None) -> None:
+def _connect(
+    zmq_socket: Any, address: str, *, identity: bytes, keys: ClusterKeys | None, ipv6: bool | None = None
+) -> None:
     """Raises SettingsError for what is no address; whether anybody listens there shows later."""
     _prepare(zmq_socket)
     zmq_socket.setsockopt(zmq.IDENTITY, identity)
-    zmq_socket.ipv6 = _is_ipv6(address)
+    zmq_socket.ipv6 = needs_ipv6(address) if ipv6 is None else ipv6
     zmq_socket.reconnect_ivl = 100
     zmq_socket.reconnect_ivl_max = 1000
     if keys is not None:
@@ -176,8 +180,8 @@ def _connect(zmq_socket: Any, address: str, *, identity: bytes, keys: ClusterKey
         raise SettingsError(f"cannot connect to {address}: {error}") from error
 
 
-def _is_ipv6(address: str) -> bool:
-    """Whether to connect over IPv6: for its addresses, and for names that have no other.
+def needs_ipv6(address: str) -> bool:
+    """Whether to connect over IPv6: for its addresses, and for names that have no other. Waits for the resolver.
 
     With IPv6 on, zmq resolves a name to an IPv6 address alone: "localhost" to ::1, where a head without a key does not
     listen. (libzmq, ip_resolver.cpp.)
@@ -255,46 +259,51 @@ class _Hangups:
 
 
 class _Arrivals:
-    """Messages of a socket that is read when its descriptor says so, many at a time.
+    """Messages of a socket that is read when its descriptor says so, as many as there are.
 
     zmq.asyncio wraps every message in futures and asks for the socket's events after each, which is most of what a
     heartbeat costs a head of a thousand nodes. The descriptor tells of changes only, and every use of the socket may
-    swallow one: after sending, `look` is due.
+    swallow one: after sending, `read` is due.
     """
 
     def __init__(self, zmq_socket: Any) -> None:
         self._socket = zmq_socket
-        self._num_at_once = 0
+        self._frames: deque[list[Any]] = deque()
         self._waiter: asyncio.Future[None] | None = None
+        self._watching: asyncio.AbstractEventLoop | None = None
 
     async def next(self) -> list[Any]:
-        """The frames of the next message. Others have a turn when there are many."""
-        while True:
-            if self._num_at_once == MAX_AT_ONCE:
-                self._num_at_once = 0
-                await asyncio.sleep(0)
-            try:
-                frames: list[Any] = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
-            except zmq.Again:
-                self._num_at_once = 0
-                await self._wait()
-                continue
-            self._num_at_once += 1
-            return frames
+        """The frames of the next message. Where there are always more, others have a turn between them."""
+        while not self._frames:
+            self.read()
+            await (asyncio.sleep(0) if self._frames else self._wait())
+        return self._frames.popleft()
 
-    def look(self) -> None:
-        """Have whoever waits try again."""
-        if self._waiter is not None and not self._waiter.done():
+    def read(self) -> None:
+        """Take what has arrived, for whoever waits or will ask. Where nobody does, it stays in the socket."""
+        try:
+            while len(self._frames) < MAX_AT_ONCE:
+                self._frames.append(self._socket.recv_multipart(zmq.NOBLOCK, copy=False))
+            self.close()
+        except zmq.Again:
+            pass
+        if self._frames and self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
+    def close(self) -> None:
+        """Watch the descriptor no more, until somebody waits again."""
+        if self._watching is not None and not self._watching.is_closed():
+            self._watching.remove_reader(self._socket.getsockopt(zmq.FD))
+        self._watching = None
+
     async def _wait(self) -> None:
-        loop, descriptor = asyncio.get_running_loop(), self._socket.getsockopt(zmq.FD)
-        self._waiter = loop.create_future()
-        loop.add_reader(descriptor, self.look)
+        if self._watching is None:
+            self._watching = asyncio.get_running_loop()
+            self._watching.add_reader(self._socket.getsockopt(zmq.FD), self.read)
+        self._waiter = asyncio.get_running_loop().create_future()
         try:
             await self._waiter
         finally:
-            loop.remove_reader(descriptor)
             self._waiter = None
 
 
@@ -361,9 +370,10 @@ class AsyncRouter:
         """Queue a message for several peers, which share its memory. A router never blocks."""
         for identity in identities:
             self._socket.send_multipart([identity, frame], zmq.NOBLOCK, copy=False)
-        self._arrivals.look()
+        self._arrivals.read()
 
     def close(self) -> None:
+        self._arrivals.close()
         self._hangups.close()
         _close(self._socket, self._context, self._authenticator)
 
@@ -371,14 +381,23 @@ class AsyncRouter:
 class AsyncDealer:
     """A node's connection to its head. It connects, and connects again, by itself."""
 
-    def __init__(self, *, address: str, identity: bytes, codec: Codec, keys: ClusterKeys | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        address: str,
+        identity: bytes,
+        codec: Codec,
+        keys: ClusterKeys | None = None,
+        ipv6: bool | None = None,
+    ) -> None:
+        """`ipv6`: what needs_ipv6 says of the address; asked here if it is not known."""
         self._context = zmq.asyncio.Context()
         self._socket = self._context.socket(zmq.DEALER)
         self._hangups = _Hangups(self._socket)
         self._complaints = _Complaints("node")
         self.address = address
         self.codec = codec
-        _connect(self._socket, address, identity=identity, keys=keys)
+        _connect(self._socket, address, identity=identity, keys=keys, ipv6=ipv6)
 
     async def hangup(self) -> None:
         """Return when the connection has closed next. It connects again by itself."""

@@ -2,14 +2,13 @@
 
     ownership   who is in the cluster and how it ends    membership.State, changed by _apply alone
                 which node waits for which request       _requests, from Generate to its last token
-                when the engine last said something      _progress, from StepOutputs
+                since when the engine owes an answer     _owed_since, from what it gets to what it says next
 
 Requests of all nodes, the head's own too, arrive here over the same socket, go on to rank 0, and their tokens go back
 to the node that asked. When an epoch is aborted, those that have produced nothing wait for the next.
 """
 
 import asyncio
-import contextlib
 import logging
 import time
 from collections.abc import Iterable
@@ -18,9 +17,10 @@ import msgspec
 
 from tpdist.control.channel import AsyncRouter
 from tpdist.control.events import Action, Event, Finish, Heard, HungUp, Interrupt, Publish, Send, Tick
-from tpdist.control.head_link import HEARTBEAT_SUFFIX
 from tpdist.control.membership import advance
 from tpdist.control.messages import (
+    ENGINE_IDENTITY,
+    HEARTBEAT_SUFFIX,
     Abort,
     ClusterState,
     DrainRequest,
@@ -35,18 +35,16 @@ from tpdist.control.messages import (
     TokenOutput,
     Tokens,
 )
+from tpdist.control.publishing import Publisher
 from tpdist.control.requests import Requests
 from tpdist.control.state import Rules, State
-from tpdist.control.view import news_of, view
+from tpdist.control.view import view
 
 logger = logging.getLogger(__name__)
 
-ENGINE_IDENTITY = b"engine"
+STANDSTILL_TICKS = 4
 SERVING = ("ready", "draining")
-AT_ONCE_BYTES = 1 << 20
-PUBLISH_BYTES_PER_S = 10e6
-REFRESH_BYTES_PER_S = 4e6
-OWN_HEARTBEATS = 5
+ANSWER_HEARTBEATS = 0.02
 
 
 class Coordinator:
@@ -61,15 +59,19 @@ class Coordinator:
         self._state = State(phase_since=time.monotonic())
         self._stats = EngineStats()
         self._requests = Requests()
-        self._progress = 0.0
-        self._news = asyncio.Event()
+        self._owed_since: float | None = None
+        self._owed: list[bytes] = []
+        self._owes = asyncio.Event()
+        self._publisher = Publisher(
+            router, everybody=self._everybody, view=self._view, heartbeat_interval_s=rules.heartbeat_interval_s
+        )
         self._outcome: asyncio.Future[tuple[int, str]] = asyncio.get_running_loop().create_future()
         router.codec.cluster_id = rules.cluster_id
 
     async def run(self) -> tuple[int, str]:
         """Serve until the cluster has ended; returns (exit code, cause)."""
-        works = (self._receive(), self._receive_outputs(), self._watch(), self._keep_time(), self._publish())
-        tasks = [asyncio.create_task(work) for work in works]
+        works = (self._receive(), self._answer_heartbeats(), self._receive_outputs(), self._watch(), self._keep_time())
+        tasks = [asyncio.create_task(work) for work in (*works, self._publisher.run())]
         for task in tasks:
             task.add_done_callback(self._fail_on_bug)
         try:
@@ -90,13 +92,17 @@ class Coordinator:
     async def _keep_time(self) -> None:
         interval_s = self._rules.heartbeat_interval_s / 2
         while True:
+            slept_at = time.monotonic()
             await asyncio.sleep(interval_s)
-            now, running = time.monotonic(), self._requests.num_running
-            await self._apply(Tick(in_flight=running, stalled_s=now - self._progress if running else 0.0))
+            now = time.monotonic()
+            stood_still = now - slept_at > STANDSTILL_TICKS * interval_s
+            if stood_still and self._owed_since is not None:
+                self._owed_since = now
+            owed_s = 0.0 if self._owed_since is None else now - self._owed_since
+            await self._apply(Tick(in_flight=self._requests.num_running, stalled_s=owed_s, stood_still=stood_still))
             late = self._requests.overdue(now, self._rules.retry_timeout_s)
-            await self._fail(
-                late, f"the cluster did not recover within {self._rules.retry_timeout_s:g} s: {self._why()}"
-            )
+            limit_s = self._rules.retry_timeout_s
+            await self._fail(late, f"the cluster did not recover within {limit_s:g} s: {self._why()}")
 
     async def _receive(self) -> None:
         while True:
@@ -110,8 +116,7 @@ class Coordinator:
         """Closed connections: a node that was killed is known at once."""
         while True:
             identity = await self._router.next_hangup()
-            if identity.endswith(HEARTBEAT_SUFFIX):
-                await self._apply(HungUp(_name(identity.removesuffix(HEARTBEAT_SUFFIX))))
+            await self._apply(HungUp(_name(identity.removesuffix(HEARTBEAT_SUFFIX))))
 
     async def _receive_outputs(self) -> None:
         while True:
@@ -123,10 +128,23 @@ class Coordinator:
         instance = _name(identity.removesuffix(HEARTBEAT_SUFFIX))
         await self._apply(Heard(instance, envelope.body, epoch=envelope.epoch))
         if self._knows(instance):
-            await self._router.send(identity, Heartbeat(instance=self._rules.cluster_id, stats=self._stats))
+            self._owed.append(identity)
+            self._owes.set()
+
+    async def _answer_heartbeats(self) -> None:
+        """Those that came within a moment together: one message, and one thread woken up to send it."""
+        while True:
+            await self._owes.wait()
+            await asyncio.sleep(ANSWER_HEARTBEATS * self._rules.heartbeat_interval_s)
+            self._owes.clear()
+            owed, self._owed = self._owed, []
+            await self._router.send_all(owed, Heartbeat(instance=self._rules.cluster_id, stats=self._stats))
 
     def _knows(self, instance: str) -> bool:
         return instance in self._state.members or instance in self._state.standbys
+
+    def _instances(self) -> set[str]:
+        return self._state.members.keys() | self._state.standbys.keys()
 
     # -- membership ---------------------------------------------------------------------------------------------------
 
@@ -138,8 +156,8 @@ class Coordinator:
             took_s = self._state.phase_since - before.phase_since
             logger.info("phase %s took %.1f s, now %s", before.phase, took_s, self._state.phase)
             await self._phase_changed(before)
-        if self._state.members is not before.members:
-            for instance in before.members.keys() - self._state.members.keys():
+        if self._state.members is not before.members or self._state.standbys is not before.standbys:
+            for instance in (before.members.keys() | before.standbys.keys()) - self._instances():
                 await self._abort_requests_of(instance.encode())
         for action in actions:
             await self._act(action)
@@ -158,7 +176,7 @@ class Coordinator:
                 *(self._state.epoch, len(lost), self._requests.num_waiting, self._state.restarts[-1].failure.cause),
             )
         elif self._state.phase == "ready":
-            self._progress = time.monotonic()
+            self._owed_since = None
             for request in self._requests.resume():
                 await self._hand_over(request)
 
@@ -171,53 +189,15 @@ class Coordinator:
             case Send(instance=instance, body=body):
                 await self._router.send(instance.encode(), body)
             case Publish():
-                self._news.set()
+                self._publisher.tell()
             case Finish(exit_code=exit_code, cause=cause):
                 if not self._outcome.done():
                     self._outcome.set_result((exit_code, cause))
 
-    async def _publish(self) -> None:
-        """Send the view to every node on news, and now and then for steps and ages.
-
-        Its size grows with the number of nodes, and so does the number of its readers. Where it is too large for all
-        at once, they get the news alone first, and then the view, a few of them at a time: the head's own node, then
-        those that have waited longest.
-        """
-        waiting: list[bytes] = []
-        total_bytes = 0
-        while True:
-            if not waiting:
-                await self._wait_for_news(total_bytes / REFRESH_BYTES_PER_S)
-            sent_bytes = 0
-            if not waiting or self._news.is_set():
-                self._news.clear()
-                shown, is_behind = self._view(), set(waiting)
-                frame = self._router.frame_of(shown)
-                nodes = (*self._state.ordered, *self._state.standbys.values())
-                everybody = [node.register.instance.encode() for node in nodes]
-                is_behind.update(everybody[:1])
-                waiting = sorted(everybody, key=lambda identity: identity not in is_behind)
-                total_bytes = len(everybody) * len(frame)
-                if total_bytes > AT_ONCE_BYTES:
-                    news = self._router.frame_of(news_of(shown))
-                    self._router.send_frame(everybody, news)
-                    sent_bytes = len(everybody) * len(news)
-            num_next = max(1, AT_ONCE_BYTES // len(frame))
-            self._router.send_frame(waiting[:num_next], frame)
-            sent_bytes += len(waiting[:num_next]) * len(frame)
-            waiting = waiting[num_next:]
-            await asyncio.sleep(sent_bytes / PUBLISH_BYTES_PER_S)
-
-    async def _wait_for_news(self, refresh_s: float) -> None:
-        """Until there are some, or the view is due again. The head's own node is shown it more often meanwhile."""
-        until = time.monotonic() + max(refresh_s, self._rules.heartbeat_interval_s)
-        while (left_s := until - time.monotonic()) > 0:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(min(left_s, OWN_HEARTBEATS * self._rules.heartbeat_interval_s)):
-                    await self._news.wait()
-                    return
-            if (head := self._state.nodes.get(None)) is not None:
-                await self._router.send(head.register.instance.encode(), self._view())
+    def _everybody(self) -> list[bytes]:
+        """The sockets of all nodes, the head's first."""
+        nodes = (*self._state.ordered, *self._state.standbys.values())
+        return [node.register.instance.encode() for node in nodes]
 
     def _view(self) -> ClusterState:
         return view(self._state, time.monotonic(), stats=self._stats, retried=self._requests.num_retried)
@@ -240,8 +220,6 @@ class Coordinator:
         elif body.request_id in self._requests:
             await self._fail([(body.request_id, origin)], f"request {body.request_id} is already running", status=400)
         elif self._state.phase == "ready":
-            if not self._requests.num_running:
-                self._progress = time.monotonic()
             self._requests.add(body, origin)
             await self._hand_over(body)
         elif self._state.outcome is None and self._state.restarts and self._state.phase not in SERVING:
@@ -252,11 +230,20 @@ class Coordinator:
 
     async def _hand_over(self, request: Generate) -> None:
         """Rank 0 reads between two steps: how long a request waits for that is known by its stamp alone."""
-        await self._engine.send(ENGINE_IDENTITY, msgspec.structs.replace(request, handed_over_s=time.monotonic()))
+        now = time.monotonic()
+        self._owe(now)
+        await self._engine.send(ENGINE_IDENTITY, msgspec.structs.replace(request, handed_over_s=now))
+
+    def _owe(self, now: float) -> None:
+        """The engine answers everything, an abort too: a client that gives up does not settle what it owes."""
+        if self._owed_since is None:
+            self._owed_since = now
 
     async def _abort(self, request_id: str) -> None:
         self._requests.remove(request_id)
-        await self._engine.send(ENGINE_IDENTITY, Abort(request_id=request_id))
+        if self._state.phase in SERVING:
+            self._owe(time.monotonic())
+            await self._engine.send(ENGINE_IDENTITY, Abort(request_id=request_id))
 
     async def _abort_requests_of(self, origin: bytes) -> None:
         for request_id in self._requests.of(origin):
@@ -275,13 +262,14 @@ class Coordinator:
         match body:
             case StepOutputs(outputs=outputs, stats=stats):
                 self._stats = stats
-                self._progress = time.monotonic()
                 await self._deliver(outputs)
+                self._owed_since = time.monotonic() if self._requests.num_running else None
             case Heartbeat():
                 await self._engine.send(ENGINE_IDENTITY, body)
             case RequestFailed(request_id=request_id):
                 if origin := self._requests.remove(request_id):
                     await self._router.send(origin, body)
+                self._owed_since = time.monotonic() if self._requests.num_running else None
             case _:
                 logger.warning("unexpected %s from the engine", type(body).__name__)
 

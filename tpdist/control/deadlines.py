@@ -1,10 +1,12 @@
 """What has taken too long: phases and silent nodes. Pure; time is an argument.
 
 A node counts as silent only after the head has ticked a few times without hearing it. A head that was itself stopped
-(a suspended machine, a stalled event loop) thus reads what waits in its sockets before it calls anybody lost.
+(a suspended machine, a stalled event loop) thus reads what waits in its sockets before it calls anybody lost; and what
+it has not seen advance meanwhile is given its time anew (`forgive`).
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from tpdist.control.events import Tick
 from tpdist.control.messages import RankProgress, RankUpdate
@@ -12,7 +14,6 @@ from tpdist.control.state import RANK_PHASES, Failure, Key, Node, RankPace, Rule
 from tpdist.errors import LostError
 
 SILENT_TICKS = 4
-HANGUP_HEARTBEATS = 1.25
 ENDING_LIMIT_S = 20.0
 SECONDARY_GRACE_HEARTBEATS = 3
 MIN_SECONDARY_GRACE_S = 2.0
@@ -43,9 +44,6 @@ def lost(state: State, now: float, rules: Rules) -> Failure | None:
     """
     if state.phase in ("register", "recover", "ended"):
         return None
-    for node in state.nodes.values():
-        if has_gone(node, now, rules):
-            return Failure("node_lost", _hung_up(node), LostError.exit_code, instance=node.register.instance)
     silent = max(state.nodes.values(), key=lambda node: silence_s(state, node, now))
     silent_s = silence_s(state, silent, now)
     instance = silent.register.instance
@@ -86,6 +84,19 @@ def hanging(state: State, tick: Tick, now: float, rules: Rules) -> Failure | Non
         f"(TPDIST_HANG_TIMEOUT_S={rules.hang_timeout_s:g}){_furthest_behind(state)}"
     )
     return Failure("hang", cause, LostError.exit_code)
+
+
+def forgive(state: State, now: float) -> State:
+    """The head has stood still, and saw nobody advance: nobody hangs yet."""
+
+    def forgiven(node: Node) -> Node:
+        paces = {
+            rank: replace(pace, stopped_at=None if pace.stopped_at is None else now)
+            for rank, pace in node.paces.items()
+        }
+        return replace(node, paces=paces, updated_at=dict.fromkeys(node.updated_at, now))
+
+    return replace(state, advanced_at=now, nodes={key: forgiven(node) for key, node in state.nodes.items()})
 
 
 def _starving(state: State, now: float, rules: Rules) -> Failure | None:
@@ -150,20 +161,6 @@ def is_silent(state: State, node: Node, now: float, rules: Rules) -> bool:
     return silence_s(state, node, now) > rules.node_lost_s
 
 
-def has_gone(node: Node, now: float, rules: Rules) -> bool:
-    """Whether a node's connection has closed, and no heartbeat came over another."""
-    return node.hung_up_at is not None and now - node.hung_up_at > HANGUP_HEARTBEATS * rules.heartbeat_interval_s
-
-
-def is_away(state: State, node: Node, now: float, rules: Rules) -> bool:
-    """Whether a node has gone or fallen silent."""
-    return has_gone(node, now, rules) or is_silent(state, node, now, rules)
-
-
-def _hung_up(node: Node) -> str:
-    return f"{node.where} was lost: its connection has closed; was it killed, or its machine restarted?"
-
-
 def _grace_s(rules: Rules) -> float:
     """How long a rank's report that its peers have gone waits for the first cause."""
     return max(MIN_SECONDARY_GRACE_S, SECONDARY_GRACE_HEARTBEATS * rules.heartbeat_interval_s)
@@ -180,7 +177,7 @@ def _limit(phase: str, rules: Rules) -> tuple[float, str]:
 def _holds_up(state: State, key: Key, now: float, rules: Rules) -> bool:
     """Whether this node keeps the cluster in its phase."""
     node = state.nodes.get(key)
-    if node is None or is_away(state, node, now, rules):
+    if node is None or is_silent(state, node, now, rules):
         return True
     if state.phase in ("register", "compare"):
         return state.phase == "compare" and node.fingerprint is None

@@ -68,7 +68,7 @@ def waits_for_goodbyes(state: State, now: float, rules: Rules) -> bool:
     if failed and len(state.nodes) < len(rules.keys):
         return True
     everybody = (*state.nodes.values(), *state.standbys.values())
-    return any(not node.gone and not deadlines.is_away(state, node, now, rules) for node in everybody)
+    return any(not node.gone and not deadlines.is_silent(state, node, now, rules) for node in everybody)
 
 
 def _shutdown(outcome: tuple[int, str]) -> Shutdown:

@@ -19,7 +19,7 @@ class Heard:
 
 @dataclass(frozen=True)
 class HungUp:
-    """The connection of a node's heartbeats has closed. What came over it before may still be read."""
+    """A connection of a node has closed. What came over it before may still be read."""
 
     instance: str
 
@@ -33,10 +33,12 @@ class Interrupt:
 
 @dataclass(frozen=True)
 class Tick:
-    """Time passed; `in_flight` requests are at the engine, which has had work for `stalled_s` without any outputs."""
+    """Time passed; `in_flight` requests are at the engine, which has had something to answer for `stalled_s` without a
+    word. `stood_still`: the head itself has not run for a while."""
 
     in_flight: int
     stalled_s: float = 0.0
+    stood_still: bool = False
 
 
 Event = Heard | HungUp | Interrupt | Tick

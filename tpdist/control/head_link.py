@@ -1,7 +1,9 @@
 """One registration of a node with its head, under an instance id of its own, until the head or the place is lost.
 
-It registers until it is welcomed, says what the node is, beats, and hands on what the head says. A node whose head is
-lost makes another link, which the head takes for another process: nothing of the earlier one reaches it.
+It registers until it is welcomed, says what the node is, beats, and hands on what the head says. Once it is welcome, a
+connection that closes ends the link, on both sides: zmq would connect again, but what was on its way is lost, and
+nobody would know. A node whose head is lost makes another link, which the head takes for another process: nothing of
+the earlier one reaches it.
 """
 
 import asyncio
@@ -11,11 +13,13 @@ import time
 import uuid
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
 
 import msgspec
 
 from tpdist.control.channel import AsyncDealer, ClusterKeys, Codec, HeadLostError
 from tpdist.control.messages import (
+    HEARTBEAT_SUFFIX,
     Envelope,
     Fingerprint,
     Heartbeat,
@@ -30,10 +34,7 @@ from tpdist.errors import JoinError, LostError
 
 logger = logging.getLogger(__name__)
 
-HEARTBEAT_SUFFIX = b"/heartbeat"
 FAREWELL_S = 5.0
-HANGUP_HEARTBEATS = 1.25
-STALE_S = 0.2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +55,8 @@ class Joining:
 
 class HeadLink:
     """`fingerprint` is what this node is, once that is known; `handle` gets the head's messages, `progress` is asked
-    with every heartbeat. `lost` is why the head was lost before, for the message when nobody answers."""
+    with every heartbeat. `lost` is why the head was lost before, for the message when nobody answers. `ipv6`: whether
+    the head's name stands for such addresses alone; asked here if it is not known, which may take its time."""
 
     def __init__(
         self,
@@ -64,6 +66,7 @@ class HeadLink:
         handle: Callable[[Envelope], Awaitable[None]],
         progress: Callable[[], tuple[RankProgress, ...]],
         lost: str = "",
+        ipv6: bool | None = None,
     ) -> None:
         self.instance = uuid.uuid4().hex
         self.welcomed = asyncio.Event()
@@ -74,19 +77,17 @@ class HeadLink:
         self._progress = progress
         self._lost = lost
         identity = self.instance.encode()
-        self._control = AsyncDealer(address=joining.head, identity=identity, codec=self.codec, keys=joining.keys)
-        self._heartbeats = AsyncDealer(
-            address=joining.head, identity=identity + HEARTBEAT_SUFFIX, codec=self.codec, keys=joining.keys
-        )
+        connect = partial(AsyncDealer, address=joining.head, codec=self.codec, keys=joining.keys, ipv6=ipv6)
+        self._control, self._heartbeats = connect(identity=identity), connect(identity=identity + HEARTBEAT_SUFFIX)
         self._last_heard = time.monotonic()
-        self._hung_up_at: float | None = None
         self._last_wait = ""
 
     async def run(self) -> None:
         """Until something ends it: raises HeadLostError, JoinError when nobody takes this node in time, or what
         `handle` and `fingerprint` raise."""
-        works = (self._receive(), self._receive_heartbeats(), self._join(), self._beat(), self._watch())
-        tasks = [asyncio.ensure_future(work) for work in works]
+        works = (self._receive(), self._receive_heartbeats(), self._join(), self._beat())
+        watches = (self._watch(dealer) for dealer in (self._control, self._heartbeats))
+        tasks = [asyncio.ensure_future(work) for work in (*works, *watches)]
         try:
             while tasks:
                 done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -166,24 +167,18 @@ class HeadLink:
             self._check_head()
 
     def _check_head(self) -> None:
-        now, head = time.monotonic(), self._joining.head
-        silent_s = now - self._last_heard
+        silent_s = time.monotonic() - self._last_heard
         if silent_s > self._joining.node_lost_s:
             raise HeadLostError(
-                f"the head {head} has not been heard for {silent_s:.1f} s "
+                f"the head {self._joining.head} has not been heard for {silent_s:.1f} s "
                 f"(TPDIST_NODE_LOST_S={self._joining.node_lost_s:g})"
             )
-        if self._hung_up_at is None:
-            return
-        if self._last_heard > self._hung_up_at + STALE_S:
-            self._hung_up_at = None
-        elif now - self._hung_up_at > HANGUP_HEARTBEATS * self._joining.heartbeat_interval_s:
-            raise HeadLostError(f"the head {head} closed its connection {now - self._hung_up_at:.1f} s ago")
 
-    async def _watch(self) -> None:
+    async def _watch(self, dealer: AsyncDealer) -> None:
         while True:
-            await self._heartbeats.hangup()
-            self._hung_up_at = time.monotonic()
+            await dealer.hangup()
+            if self.welcomed.is_set():
+                raise HeadLostError(f"the head {self._joining.head} closed its connection: was it killed?")
 
     async def _receive_heartbeats(self) -> None:
         while True:

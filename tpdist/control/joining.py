@@ -25,7 +25,7 @@ def on_register(state: State, register: Register, now: float, rules: Rules) -> A
     if register.instance in state.members:
         return _welcome_again(state, register, now, rules)
     holder = state.nodes.get(key)
-    if holder is not None and (state.phase != "register" or not deadlines.is_away(state, holder, now, rules)):
+    if holder is not None and (state.phase != "register" or not deadlines.is_silent(state, holder, now, rules)):
         wait = Wait(reason=_taken(holder, rules))
         return state, (Send(register.instance, wait),)
     state = state.admit(key, Node(register, last_seen=now, seen_at=state.ticks, ended=state.phase == "recover"))
@@ -46,23 +46,33 @@ def _on_standby(state: State, register: Register, problem: str, now: float, rule
     return state, (_welcome(register, rules), Publish())
 
 
-def standby_problem(state: State, standby: Node, rules: Rules) -> str:
-    """Why a standby cannot take a place, as far as its fingerprint and the head's are known; or nothing."""
+def difference(state: State, node: Node, rules: Rules) -> str:
+    """Why a node cannot be one of this cluster, as far as its fingerprint and the head's are known; or nothing."""
     head = state.nodes.get(None)
-    if head is None or head.fingerprint is None or standby.fingerprint is None:
+    if head is None or head.fingerprint is None or node.fingerprint is None:
         return ""
-    rows = compare.differences({"head": head.fingerprint, "standby": standby.fingerprint}, settings=rules.settings)
-    return f"this standby differs from the head; make these equal:\n{compare.table(rows)}" if rows else ""
+    rows = compare.differences({"head": head.fingerprint, node.where: node.fingerprint}, settings=rules.settings)
+    return f"this node differs from the head; make these equal:\n{compare.table(rows)}" if rows else ""
 
 
 def on_standby_fingerprint(state: State, standby: Node, fingerprint: Fingerprint, rules: Rules) -> Answer:
     """A standby says what it is. One that differs ends, alone."""
     instance = standby.register.instance
     standby = replace(standby, fingerprint=fingerprint)
-    if problem := standby_problem(state, standby, rules):
+    if problem := difference(state, standby, rules):
         shutdown = Shutdown(exit_code=JoinError.exit_code, cause=problem)
         return state.without_standby(instance), (Send(instance, shutdown), Publish())
     return replace(state, standbys={**state.standbys, instance: standby}), ()
+
+
+def _without_those_that_differ(state: State, rules: Rules) -> Answer:
+    """Who came for a lost node and is not like it ends alone; the others wait for another."""
+    actions: list[Action] = []
+    for key, node in list(state.nodes.items()):
+        if key is not None and (problem := difference(state, node, rules)):
+            state = state.dismiss(key)
+            actions.append(Send(node.register.instance, Shutdown(exit_code=JoinError.exit_code, cause=problem)))
+    return replace(state, phase="register"), (*actions, Publish())
 
 
 def _mismatch(register: Register, rules: Rules) -> str:
@@ -104,9 +114,9 @@ def _taken(holder: Node, rules: Rules) -> str:
 
 
 def _refuse(state: State, register: Register, cause: str, now: float) -> Answer:
-    """Before anything runs a wrong node ends everybody, so that nobody waits; later it ends itself alone."""
+    """Before anything has run a wrong node ends everybody, so that nobody waits; later it ends itself alone."""
     shutdown = Send(register.instance, Shutdown(exit_code=JoinError.exit_code, cause=cause))
-    if state.phase not in ("register", "compare"):
+    if state.restarts or state.phase not in ("register", "compare"):
         return state, (shutdown,)
     return after((shutdown,), end(state, JoinError.exit_code, cause, now))
 
@@ -121,7 +131,7 @@ def gather(state: State, now: float, rules: Rules) -> Answer:
     """Leave phase register once every place is held by a node that lives."""
     if state.phase != "register" or len(state.nodes) < len(rules.keys):
         return state, ()
-    if any(deadlines.is_away(state, node, now, rules) for node in state.nodes.values()):
+    if any(deadlines.is_silent(state, node, now, rules) for node in state.nodes.values()):
         return state, ()
     state = state.enter("compare", now)
     return after((Publish(),), _compare(state, now, rules))
@@ -135,6 +145,8 @@ def _compare(state: State, now: float, rules: Rules) -> Answer:
     facts = [NodeFacts(node.register, node.fingerprint) for node in ordered if node.fingerprint is not None]
     fingerprints = {name_of(fact.register.worker_id): fact.fingerprint for fact in facts}
     rows = compare.differences(fingerprints, settings=rules.settings)
+    if rows and state.restarts:
+        return _without_those_that_differ(state, rules)
     if rows:
         cause = f"the nodes disagree; make these equal on all of them:\n{compare.table(rows)}"
         return end(state, JoinError.exit_code, cause, now)

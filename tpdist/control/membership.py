@@ -23,7 +23,7 @@ counts only from the instance that holds a place, and a rank's only in its own e
 
 from dataclasses import replace
 
-from tpdist.control import deadlines, endings, joining, recovery
+from tpdist.control import deadlines, endings, joining, leaving, recovery
 from tpdist.control.events import Answer, Event, Finish, Heard, HungUp, Interrupt, Publish, Send, Tick
 from tpdist.control.messages import (
     Connect,
@@ -40,11 +40,9 @@ from tpdist.control.messages import (
     Register,
 )
 from tpdist.control.state import RANK_PHASES, Failure, Key, Node, RankPace, Rules, State, seen
-from tpdist.errors import InterruptedByUser, JoinError, LostError, SettingsError, TpdistError
+from tpdist.errors import JoinError, LostError, TpdistError
 
 STOPPED = ("T", "t")
-# What another start would meet again: wrong settings, a model that does not fit, a damaged checkpoint, a disagreement.
-LASTING_CODES = range(SettingsError.exit_code, LostError.exit_code)
 
 
 def advance(state: State, event: Event, now: float, rules: Rules) -> Answer:
@@ -55,7 +53,7 @@ def advance(state: State, event: Event, now: float, rules: Rules) -> Answer:
         case Heard():
             return _heard(state, event, now, rules)
         case HungUp(instance=instance):
-            return _hung_up(state, instance, now), ()
+            return leaving.on_hangup(state, instance, now, rules)
         case Interrupt(request=request):
             return endings.drain(state, request, now)
         case Tick():
@@ -73,7 +71,7 @@ def _heard(state: State, heard: Heard, now: float, rules: Rules) -> Answer:
     state = state.heard(key, now)
     match heard.body:
         case Goodbye() as goodbye:
-            return _left(state, key, goodbye, now, rules)
+            return leaving.on_goodbye(state, key, goodbye, now, rules)
         case _ if state.outcome is not None:
             return state, ()
         case DrainRequest() as request:
@@ -99,36 +97,12 @@ def _heard_of_standby(state: State, standby: Node, heard: Heard, now: float, rul
             return replace(state, standbys={**state.standbys, heard.instance: standby}), ()
 
 
-def _hung_up(state: State, instance: str, now: float) -> State:
-    if instance in state.members:
-        key = state.members[instance]
-        return state.update(key, replace(state.nodes[key], hung_up_at=now))
-    if instance in state.standbys:
-        standby = replace(state.standbys[instance], hung_up_at=now)
-        return replace(state, standbys={**state.standbys, instance: standby})
-    return state
-
-
-def _left(state: State, key: Key, goodbye: Goodbye, now: float, rules: Rules) -> Answer:
-    """A node ends. While nodes gather, a worker may leave and come back; what ends one for good ends all."""
-    node = state.nodes[key]
-    cause = f"{node.where} left: {goodbye.cause or 'no reason given'}"
-    lasting = goodbye.exit_code in LASTING_CODES
-    if state.phase in ("register", "recover") and key is not None and not lasting:
-        may_return = goodbye.exit_code in (0, InterruptedByUser.exit_code) or bool(state.restarts)
-        if may_return:
-            return state.dismiss(key), (Publish(),)
-    gone = state.update(key, replace(node, gone=True))
-    code = endings.failure(goodbye.exit_code)
-    if state.outcome is not None or key is None or lasting:
-        return endings.end(gone, code, cause, now)
-    failure = Failure("node_lost", cause, code, instance=node.register.instance)
-    return recovery.abort(gone, failure, now, rules)
-
-
 def _tick(state: State, tick: Tick, now: float, rules: Rules) -> Answer:
     if state.outcome is not None:
         return state, (() if endings.waits_for_goodbyes(state, now, rules) else (Finish(*state.outcome),))
+    if tick.stood_still:
+        state = deadlines.forgive(state, now)
+    state = recovery.without_silent_standbys(state, now, rules)
     failure = deadlines.lost(state, now, rules) or deadlines.hanging(state, tick, now, rules)
     if failure:
         return recovery.abort(state, failure, now, rules)
@@ -245,7 +219,7 @@ def _is_lasting(state: State, code: int) -> bool:
     except for kills; a bug is given another chance where ranks have served before."""
     if state.phase in ("ready", "draining"):
         return False
-    return code in LASTING_CODES or (code == TpdistError.exit_code and not state.was_ready)
+    return code in leaving.LASTING_CODES or (code == TpdistError.exit_code and not state.was_ready)
 
 
 def _suspected(state: State, rank: int, cause: str, now: float) -> State:

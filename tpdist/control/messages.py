@@ -27,6 +27,9 @@ from tpdist.log import LogFormat
 from tpdist.sampling_params import SamplingParams
 
 PROTOCOL_VERSION = 4
+# What sockets are called on the wire: rank 0's towards the head, and the second one of each node.
+ENGINE_IDENTITY = b"engine"
+HEARTBEAT_SUFFIX = b"/heartbeat"
 MAX_MESSAGE_BYTES = 32 * 1024 * 1024
 
 
@@ -305,8 +308,9 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
 class ClusterState(Message, frozen=True):
     """The cluster as the head sees it, sent to every node on each change, and now and then for what changes all the
-    time. `state` is starting, ready, draining, recovering or failed. `standbys` hold no place. `startup_s`: how long
-    the phases of this epoch took. `retried`: requests that went on in a later epoch, of all epochs together."""
+    time. `state` is starting, ready, draining, recovering or failed. `standbys` hold no place. `restarts` are the last
+    few, `aborts` counts all by their reasons. `startup_s`: how long the phases of this epoch took. `retried`: requests
+    that went on in a later epoch, of all epochs together."""
 
     state: str
     reason: str
@@ -316,6 +320,7 @@ class ClusterState(Message, frozen=True):
     plan: dict[str, Any]
     standbys: tuple[NodeView, ...] = ()
     restarts: tuple[RestartView, ...] = ()
+    aborts: dict[str, int] = {}
     startup_s: dict[str, float] = {}
     retried: int = 0
     engine: EngineInfo | None = None
@@ -323,14 +328,15 @@ class ClusterState(Message, frozen=True):
 
 
 class ClusterNews(Message, frozen=True):
-    """A ClusterState without what grows with the cluster, its nodes and its plan: where that is too large to be sent
-    to all nodes at once, this comes first."""
+    """A ClusterState without what grows with the cluster, its nodes, standbys and plan: where that is too large to be
+    sent to all nodes at once, this comes first."""
 
     state: str
     reason: str
     epoch: int
     phase: str
     restarts: tuple[RestartView, ...] = ()
+    aborts: dict[str, int] = {}
     startup_s: dict[str, float] = {}
     retried: int = 0
     engine: EngineInfo | None = None

@@ -13,12 +13,13 @@ from typing import Any
 from tpdist.control import deadlines
 from tpdist.control.endings import dismissal, end
 from tpdist.control.events import Action, Answer, Publish, Send, after
-from tpdist.control.joining import gather, standby_problem
+from tpdist.control.joining import difference, gather
 from tpdist.control.messages import EndEpoch
 from tpdist.control.state import RANK_PHASES, Failure, Key, Node, Restart, Rules, State, promoted
 from tpdist.errors import LostError
 
 RESTART_WINDOW_S = 3600.0
+NUM_KEPT = 20
 
 
 def abort(state: State, failure: Failure, now: float, rules: Rules) -> Answer:
@@ -44,7 +45,8 @@ def abort(state: State, failure: Failure, now: float, rules: Rules) -> Answer:
         engine=None,
         suspect=None,
         startup_s={},
-        restarts=(*state.restarts, restart),
+        restarts=_kept((*state.restarts, restart), now, rules),
+        aborts={**state.aborts, failure.reason: state.aborts.get(failure.reason, 0) + 1},
     )
     told = [Send(instance, EndEpoch(cause=failure.cause)) for instance in aborted.members] if running else []
     return after((*actions, *told, Publish()), proceed(aborted, now, rules))
@@ -81,9 +83,8 @@ def refill(state: State, now: float, rules: Rules) -> Answer:
     """In phase register: places whose nodes have gone are free, standbys take them, and the ranks may be dealt."""
     actions: list[Action] = []
     for key, node in list(state.nodes.items()):
-        silent = bool(state.restarts) and deadlines.is_silent(state, node, now, rules)
-        if key is not None and (silent or deadlines.has_gone(node, now, rules)):
-            state, more = _without(state, node.register.instance, f"{node.where} has gone")
+        if key is not None and state.restarts and deadlines.is_silent(state, node, now, rules):
+            state, more = _without(state, node.register.instance, f"{node.where} has fallen silent")
             actions += [*more, Publish()]
     if state.restarts:
         state, promotions = _promote(state, now, rules)
@@ -102,15 +103,20 @@ def _promote(state: State, now: float, rules: Rules) -> tuple[State, list[Action
     return state, actions
 
 
+def without_silent_standbys(state: State, now: float, rules: Rules) -> State:
+    standbys = {
+        instance: node for instance, node in state.standbys.items() if not deadlines.is_silent(state, node, now, rules)
+    }
+    return state if len(standbys) == len(state.standbys) else replace(state, standbys=standbys)
+
+
 def _is_usable(state: State, standby: Node, now: float, rules: Rules) -> bool:
-    known = standby.fingerprint is not None and not standby_problem(state, standby, rules)
-    return known and not deadlines.is_away(state, standby, now, rules)
+    known = standby.fingerprint is not None and not difference(state, standby, rules)
+    return known and not deadlines.is_silent(state, standby, now, rules)
 
 
 def _why_lost(state: State, node: Node, now: float, rules: Rules) -> str:
     """Why a node cannot be waited for in phase recover, or nothing."""
-    if deadlines.has_gone(node, now, rules):
-        return "closed its connection while its ranks were ended"
     if deadlines.is_silent(state, node, now, rules):
         return "fell silent while its ranks were ended"
     if not node.ended and now - state.phase_since > deadlines.ENDING_LIMIT_S:
@@ -123,6 +129,17 @@ def _without(state: State, instance: str | None, why: str) -> tuple[State, tuple
     if instance is None or instance not in state.members:
         return state, ()
     return state.dismiss(state.members[instance]), (dismissal(instance, why),)
+
+
+def _kept(restarts: tuple[Restart, ...], now: float, rules: Rules) -> tuple[Restart, ...]:
+    """Those that count against the budget, the last few in any case; of all but the last the cause's first line."""
+    recent = [restart for restart in restarts if now - restart.at < RESTART_WINDOW_S][-rules.max_restarts :]
+    kept = recent if len(recent) >= NUM_KEPT else restarts[-NUM_KEPT:]
+    return (*(_in_short(restart) for restart in kept[:-1]), kept[-1])
+
+
+def _in_short(restart: Restart) -> Restart:
+    return replace(restart, failure=replace(restart.failure, cause=_first_line(restart.failure.cause)))
 
 
 def _is_of_head(state: State, failure: Failure) -> bool:

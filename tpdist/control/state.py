@@ -74,8 +74,8 @@ class RankPace:
 @dataclass(frozen=True)
 class Node:
     """One node. `updated_at`: when each of its `ranks` reported last. `last_seen` is when it was heard last, `seen_at`
-    the number of the tick before that, `hung_up_at` when its connection closed without another. `ended`: none of its
-    ranks is left of the epoch that was aborted."""
+    the number of the tick before that. `ended`: none of its ranks is left of the epoch that was aborted. `gone`: it has
+    said goodbye, or cannot any more."""
 
     register: Register
     last_seen: float
@@ -84,7 +84,6 @@ class Node:
     ranks: Mapping[int, RankUpdate] = field(default_factory=dict)
     updated_at: Mapping[int, float] = field(default_factory=dict)
     paces: Mapping[int, RankPace] = field(default_factory=dict)
-    hung_up_at: float | None = None
     ended: bool = False
     gone: bool = False
 
@@ -118,8 +117,9 @@ class State:
     """`nodes` by place; `members` finds the place of an instance; `standbys`, by instance, have none. `num_ranks_at`
     counts ranks by RANK_PHASES, so that a rank's progress costs the same in a cluster of any size. `advanced_at` is
     when any rank advanced last. `suspect` is the lowest rank's report that its peers had gone, (since, rank, cause),
-    which waits a moment for the first cause. `startup_s`: what the phases of this epoch took. `was_ready`: some epoch
-    has served. `outcome` is how the cluster ends, (exit code, cause); set once."""
+    which waits a moment for the first cause. `startup_s`: what the phases of this epoch took. `restarts` are the last
+    few, `aborts` counts all by their reasons. `was_ready`: some epoch has served. `outcome` is how the cluster ends,
+    (exit code, cause); set once."""
 
     phase: str = "register"
     phase_since: float = 0.0
@@ -134,6 +134,7 @@ class State:
     suspect: tuple[float, int, str] | None = None
     startup_s: Mapping[str, float] = field(default_factory=dict)
     restarts: tuple[Restart, ...] = ()
+    aborts: Mapping[str, int] = field(default_factory=dict)
     was_ready: bool = False
     draining_reason: str = ""
     outcome: tuple[int, str] | None = None
@@ -176,14 +177,9 @@ class State:
         return replace(self, standbys={other: node for other, node in self.standbys.items() if other != instance})
 
 
-# What a closed connection brought before it closed may be read after that is known, but not for long.
-STALE_S = 0.2
-
-
 def seen(node: Node, now: float, ticks: int) -> Node:
-    """The node with a sign of life, which may have come over the connection that has closed since."""
-    stale = node.hung_up_at is not None and now - node.hung_up_at <= STALE_S
-    return replace(node, last_seen=now, seen_at=ticks, hung_up_at=node.hung_up_at if stale else None)
+    """The node with a sign of life."""
+    return replace(node, last_seen=now, seen_at=ticks)
 
 
 def promoted(node: Node, key: Key) -> Node:

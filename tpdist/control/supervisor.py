@@ -6,6 +6,7 @@ last lines it wrote; nothing here decides what that means for the cluster.
 
     start, connect   the ranks of one epoch
     progress         how far each is, as it notes itself
+    broken           gets the error of a task that fails here; a node cannot go on without
     end_epoch        they are asked to end, then killed; when it returns none is left, and the next epoch may start
     close            end_epoch, and the socket goes
 """
@@ -14,8 +15,9 @@ import asyncio
 import logging
 import os
 import sys
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -81,10 +83,20 @@ class Supervisor:
         self._progress_path = run_dir / "progress"
         self._router = AsyncRouter(name="ranks", codec=Codec())
         self.address = self._router.bind(f"ipc://{run_dir}/ranks.sock")
-        self._listening = asyncio.create_task(self._listen())
+        self.broken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._listening = self._start_task(self._listen())
         self._closed = False
         self._end_lock = asyncio.Lock()
         self._forget()
+
+    def _start_task(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(work)
+        task.add_done_callback(self._note_failure)
+        return task
+
+    def _note_failure(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()) and not self.broken.done():
+            self.broken.set_exception(error)
 
     def _forget(self) -> None:
         """Be ready for the ranks of another epoch."""
@@ -160,6 +172,7 @@ class Supervisor:
             await self.end_epoch(grace_s=grace_s)
         except LostError as error:
             logger.error("%s", error)
+        self.broken.cancel()
         self._listening.cancel()
         await asyncio.gather(self._listening, return_exceptions=True)
         self._router.close()
@@ -172,11 +185,11 @@ class Supervisor:
         )
         child = Child(command, rank_environment(self._environ, assign), rank=rank, epoch=assign.epoch)
         self._children.append(child)
-        self._tasks.append(asyncio.create_task(self._watch(rank, child)))
+        self._tasks.append(self._start_task(self._watch(rank, child)))
 
     async def _watch(self, rank: int, child: Child) -> None:
         """Pass the rank's log on, and report its end if nobody asked for it."""
-        relay = asyncio.create_task(child.relay())
+        relay = self._start_task(child.relay())
         self._tasks.append(relay)
         exit_code = await child.exited
         await asyncio.wait({relay}, timeout=REPORT_GRACE_S)

@@ -14,6 +14,8 @@ from tpdist.control.messages import (
 from tpdist.control.state import Node, RankPace, State, node_id
 from tpdist.errors import InterruptedByUser
 
+NUM_SHOWN = 20
+
 
 def view(state: State, now: float, *, stats: EngineStats, retried: int = 0) -> ClusterState:
     """What every node is told of the cluster. `retried`: requests that went on in another epoch."""
@@ -28,8 +30,9 @@ def view(state: State, now: float, *, stats: EngineStats, retried: int = 0) -> C
             RestartView(
                 epoch=each.epoch, cause=each.failure.cause, reason=each.failure.reason, age_s=round(now - each.at, 1)
             )
-            for each in state.restarts
+            for each in state.restarts[-NUM_SHOWN:]
         ),
+        aborts=dict(state.aborts),
         startup_s={phase: round(seconds, 3) for phase, seconds in state.startup_s.items()},
         retried=retried,
         plan=state.layout.plan if state.layout else {},

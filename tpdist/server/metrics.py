@@ -4,7 +4,6 @@ Counters and histograms tell of the requests that came to this node; gauges tell
 latest state has it. One registry for each app: nothing is global.
 """
 
-from collections import Counter as Counts
 from collections.abc import Callable, Iterator
 from time import monotonic
 
@@ -141,7 +140,7 @@ class _ClusterCollector(Collector):
 def _of_epochs(state: ClusterState) -> Iterator[Metric]:
     """Why epochs ended, and how long this one took to start."""
     aborts = CounterMetricFamily("tpdist_epoch_aborts", "Epochs that a failure ended, by its kind.", labels=["reason"])
-    for reason, count in sorted(Counts(restart.reason for restart in state.restarts).items()):
+    for reason, count in sorted(state.aborts.items()):
         aborts.add_metric([reason], count)
     yield aborts
     age = GaugeMetricFamily("tpdist_last_epoch_abort_age_seconds", "Since the last of them; absent without any.")

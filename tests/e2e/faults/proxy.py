@@ -30,6 +30,7 @@ class Proxy:
         self._num_held = 0
         self._forgotten: list[socket.socket] = []
         self._hang_up = threading.Event()
+        self._cut = threading.Event()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="proxy", daemon=True)
 
@@ -48,6 +49,10 @@ class Proxy:
         """The target sees its connections closed; those who connected here keep theirs, silent from now on."""
         self._hang_up.set()
 
+    def cut(self) -> None:
+        """Both sides see their connections closed, and may connect again."""
+        self._cut.set()
+
     def _run(self) -> None:
         while not self._stop.is_set():
             for key, _ in self._selector.select(IDLE_S):
@@ -55,6 +60,10 @@ class Proxy:
             if self._hang_up.is_set():
                 self._hang_up.clear()
                 self._half_open()
+            if self._cut.is_set():
+                self._cut.clear()
+                for end in list(self._peers):
+                    self._close(end)
             self._pass_on()
 
     def _read(self, source: object) -> None:

@@ -68,6 +68,13 @@ def test_a_stalled_link_loses_its_worker_and_a_mended_one_brings_it_back(
     assert "worker 1" in linked.last_cause
 
 
+def test_connections_that_are_cut(linked: Linked, figures: list[Figures]) -> None:
+    """They could be made again at once, but tokens that were on their way would be missing from an answer."""
+    epoch = linked.epoch
+    figures.append(linked.measure("the connections of a worker cut", linked.proxy.cut))
+    assert linked.epoch == epoch + 1
+
+
 def test_a_half_open_connection(linked: Linked, figures: list[Figures]) -> None:
     """The head sees it closed, the worker does not: it comes back once it has heard nothing for long enough."""
     figures.append(
