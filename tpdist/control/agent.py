@@ -181,6 +181,8 @@ class NodeAgent:
                 await self._link.run()
             except HeadLostError as error:
                 cause = str(error)
+            if self._outcome.done():
+                return  # the head has said how it ends, and ended
             if not self._joining.comes_back:
                 raise LostError(f"{cause}; the ranks of this node were ended")
             self._link.welcomed.clear()
