@@ -619,3 +619,32 @@ def test_plans_to_other_machines_need_the_key(tmp_path: Path) -> None:
         head.wait_for({b"rank-1", b"rank-2", b"rank-3"}, timeout_s=1)
     close_blocking_sockets()
     head.close()
+
+
+def test_a_descriptor_that_is_used_again_ends_the_connection_before_and_not_the_new_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The event of the connection before may be read after the first message of the next."""
+
+    async def main() -> None:
+        with router() as (head, address), dealer(address, identity=b"old") as old:
+            hangups: asyncio.Queue[int] = asyncio.Queue()
+            monkeypatch.setattr(head._hangups, "next", hangups.get)
+            await old.send(GOOD)
+            await soon(head.receive())
+            ((descriptor, _),) = head._connections.items()
+            hangups.put_nowait(descriptor)
+            await nothing(head.next_hangup())
+            head._connections[descriptor] = (b"older", 0)
+            await old.send(GOOD)
+            await soon(head.receive())
+            hangups.put_nowait(descriptor)
+            assert await soon(head.next_hangup()) == b"older"
+            await nothing(head.next_hangup())
+            old.close()
+            while head._connections[descriptor][1] == channel._socket_at(descriptor):
+                await asyncio.sleep(0.01)
+            hangups.put_nowait(descriptor)
+            assert await soon(head.next_hangup()) == b"old"
+
+    run(main())

@@ -39,7 +39,7 @@ every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 # Options of other programs that our pages show.
 FOREIGN_FLAGS = {"--nproc-per-node", "--nnodes", "--node-rank", "--master-addr", "--master-port", "--runs", "--warm"}
 FOREIGN_FLAGS |= {"--jobid", "--overlap", "--nodes", "--ntasks", "--signal", "--build", "--wait", "--from-file"}
-FOREIGN_FLAGS |= {"--reliability", "--soak"}
+FOREIGN_FLAGS |= {"--reliability", "--soak", "--curve"}
 READY_S = 120
 RUN_S = 120
 STOP_S = 40

@@ -153,6 +153,13 @@ class Counts:
             self.at.pop(moment, None)
             self.first_at.pop(moment, None)
 
+    def forget(self, instance: str) -> None:
+        """A node is not waited for any more."""
+        for moment, due in self.due.items():
+            due.discard(instance)
+            if not due:
+                self.reached[moment].set()
+
     def received(self, kind: str, frame: bytes) -> None:
         self.num_bytes[kind] += len(frame)
         self.num_messages[kind] += 1
@@ -330,6 +337,7 @@ class SimulatedNodes:
         """A node is started again."""
         if key in self._nodes:
             self._nodes[key].close()
+            self.counts.forget(self._nodes[key].instance)
         self._nodes[key] = self._new(key)
         for moment in ("assigned", "ready", "served", "shown"):
             self.counts.due[moment].add(self._nodes[key].instance)

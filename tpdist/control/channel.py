@@ -9,6 +9,7 @@ import asyncio
 import errno
 import hashlib
 import logging
+import os
 import socket
 import time
 from collections import deque
@@ -52,6 +53,7 @@ NO_DESCRIPTOR = -1
 HANDSHAKE_MS = 5_000
 BACKLOG = 4096
 MAX_AT_ONCE = 64
+CLOSING_S = 0.05
 
 
 # -- keys -------------------------------------------------------------------------------------------------------------
@@ -239,6 +241,15 @@ def _descriptor(frame: Any) -> int:
         return NO_DESCRIPTOR
 
 
+def _socket_at(descriptor: int) -> int:
+    """The number that the kernel gave the socket behind a descriptor, which no later one has; NO_DESCRIPTOR if there
+    is none."""
+    try:
+        return os.fstat(descriptor).st_ino
+    except OSError:
+        return NO_DESCRIPTOR
+
+
 class _Hangups:
     """The closed connections of a socket, by their descriptors. Nobody asked, nothing is watched: the events of a
     socket that are not read would block it in the end."""
@@ -317,7 +328,8 @@ class AsyncRouter:
         _prepare_server(self._socket, keys)
         self._arrivals = _Arrivals(self._socket)
         self._hangups = _Hangups(self._socket)
-        self._connections: dict[int, bytes] = {}
+        self._connections: dict[int, tuple[bytes, int]] = {}
+        self._superseded: deque[bytes] = deque()
         self._complaints = _Complaints(name)
         self.codec = codec
 
@@ -338,7 +350,7 @@ class AsyncRouter:
         while True:
             first, *parts = await self._arrivals.next()
             identity, frames = first.bytes, [part.bytes for part in parts]
-            self._connections[_descriptor(first)] = identity
+            self._note_connection(identity, _descriptor(first))
             try:
                 return identity, self.codec.decode(_only(frames))
             except (OtherVersionError, OtherClusterError) as error:
@@ -349,10 +361,32 @@ class AsyncRouter:
 
     async def next_hangup(self) -> bytes:
         """The identity of the next peer whose connection has closed; one that has sent nothing has none. What it sent
-        before may still come, and it may connect again."""
+        before may still come, and it may connect again.
+
+        A descriptor is used again at once, and the event of the connection before may be read after the first message
+        of the next: only what is not open any more has closed, and who had the descriptor of another."""
         while True:
-            if (identity := self._connections.pop(await self._hangups.next(), None)) is not None:
-                return identity
+            if self._superseded:
+                return self._superseded.popleft()
+            descriptor = await self._hangups.next()
+            if descriptor not in self._connections:
+                continue
+            if self._is_open(descriptor):
+                # Of the connection before; or it has not been closed yet, which zmq does just after the event.
+                await asyncio.sleep(CLOSING_S)
+            if not self._is_open(descriptor):
+                return self._connections.pop(descriptor)[0]
+
+    def _is_open(self, descriptor: int) -> bool:
+        known = self._connections.get(descriptor)
+        return known is not None and _socket_at(descriptor) == known[1]
+
+    def _note_connection(self, identity: bytes, descriptor: int) -> None:
+        known = self._connections.get(descriptor)
+        if known is None or known[0] != identity:
+            if known is not None:
+                self._superseded.append(known[0])
+            self._connections[descriptor] = identity, _socket_at(descriptor)
 
     async def send(self, identity: bytes, body: Message) -> None:
         """Queue a message for a peer; nothing happens if the peer is not connected."""
