@@ -67,6 +67,12 @@ def test_under_torchrun_there_is_nothing_to_examine(
     assert "torchrun" in capsys.readouterr().err
 
 
+def test_a_standby_is_told_how_to_be_examined(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--global-world-size", "2", "--standby", "--worker-server-addr", "127.0.0.1:7100"]
+    assert run(["doctor", *flags]) == 2
+    assert "MISTRALRS_MN_WORKER_ID instead of TPDIST_STANDBY" in capsys.readouterr().err
+
+
 def test_a_remote_head_needs_the_key(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr("tpdist.introduction.addresses_towards", lambda host, port: ("10.0.0.2", "10.0.0.1"))
     flags = ["--global-world-size", "2", "--worker-id", "0", "--worker-server-addr", "10.0.0.1:7100"]

@@ -136,6 +136,14 @@ WRONG_VALUES = {
 }
 
 CONTRADICTIONS = {
+    "a standby with a place": (
+        WORKER | {"TPDIST_STANDBY": "1"},
+        ["TPDIST_STANDBY=1 makes this node a worker without a place, which contradicts MISTRALRS_MN_WORKER_ID=0"],
+    ),
+    "a standby without a head": (
+        {"TPDIST_STANDBY": "1"},
+        ["which also needs MISTRALRS_MN_GLOBAL_WORLD_SIZE and MISTRALRS_MN_WORKER_SERVER_ADDR"],
+    ),
     "a head without its port": (without(HEAD, "HEAD_PORT"), ["HEAD_NUM_WORKERS=1", "HEAD_PORT"]),
     "a head without its workers": (without(HEAD, "HEAD_NUM_WORKERS"), ["HEAD_PORT=7100", "HEAD_NUM_WORKERS"]),
     "a head without the world size": (without(HEAD, "GLOBAL_WORLD_SIZE"), ["HEAD_PORT=7100", "GLOBAL_WORLD_SIZE"]),

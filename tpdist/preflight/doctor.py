@@ -68,6 +68,11 @@ class Doctor:
         settings = self.settings
         if settings.role is Role.TORCHRUN:
             raise SettingsError("`tpdist doctor` examines machines, not ranks: start it without torchrun, once on each")
+        if settings.standby:
+            raise SettingsError(
+                "a standby has no place among the nodes that `tpdist doctor` examines: run it there with "
+                "MISTRALRS_MN_WORKER_ID instead of TPDIST_STANDBY, in the place of that worker"
+            )
         async with _station(self.environ) as station:
             if settings.head_address is not None:
                 return await self._as_worker(station, settings.head_address)
