@@ -336,14 +336,15 @@ def test_a_standby_that_differs_ends_alone() -> None:
     assert not head.state.standbys
 
 
-def test_a_standby_that_came_before_the_head_and_differs_is_never_taken() -> None:
+def test_a_standby_that_came_before_the_head_and_differs_ends_when_that_is_known() -> None:
     head = Head(rules_of(1, max_restarts=3))
     with_standby(head, torch="2.11.0")
+    with_standby(head, instance="another")
+    assert not head.told("spare", Shutdown)
     head.be_ready()
-    head.apply(HungUp(WORKER))
-    head.hear(HEAD, EpochEnded(instance=HEAD))
-    head.wait(5, alive=[HEAD, "spare"])
-    assert head.state.phase == "register"
+    assert head.told("spare", Shutdown)[0].exit_code == 5
+    assert list(head.state.standbys) == ["another"]
+    assert head.state.phase == "ready"
 
 
 @pytest.mark.parametrize("silent", [False, True])

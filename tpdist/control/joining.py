@@ -57,12 +57,18 @@ def difference(state: State, node: Node, rules: Rules) -> str:
 
 def on_standby_fingerprint(state: State, standby: Node, fingerprint: Fingerprint, rules: Rules) -> Answer:
     """A standby says what it is. One that differs ends, alone."""
-    instance = standby.register.instance
-    standby = replace(standby, fingerprint=fingerprint)
-    if problem := difference(state, standby, rules):
-        shutdown = Shutdown(exit_code=JoinError.exit_code, cause=problem)
-        return state.without_standby(instance), (Send(instance, shutdown), Publish())
-    return replace(state, standbys={**state.standbys, instance: standby}), ()
+    known = replace(standby, fingerprint=fingerprint)
+    return _without_other_standbys(replace(state, standbys={**state.standbys, standby.register.instance: known}), rules)
+
+
+def _without_other_standbys(state: State, rules: Rules) -> Answer:
+    """Standbys that differ from the head, as far as that is known, can have no place."""
+    actions: list[Action] = []
+    for instance, standby in state.standbys.items():
+        if problem := difference(state, standby, rules):
+            state = state.without_standby(instance)
+            actions += [Send(instance, Shutdown(exit_code=JoinError.exit_code, cause=problem)), Publish()]
+    return state, tuple(actions)
 
 
 def _without_those_that_differ(state: State, rules: Rules) -> Answer:
@@ -124,7 +130,10 @@ def _refuse(state: State, register: Register, cause: str, now: float) -> Answer:
 def on_fingerprint(state: State, key: Key, fingerprint: Fingerprint, now: float, rules: Rules) -> Answer:
     """A node says what it is."""
     state = state.update(key, replace(state.nodes[key], fingerprint=fingerprint))
-    return _compare(state, now, rules)
+    if key is not None:
+        return _compare(state, now, rules)
+    state, actions = _without_other_standbys(state, rules)
+    return after(actions, _compare(state, now, rules))
 
 
 def gather(state: State, now: float, rules: Rules) -> Answer:
