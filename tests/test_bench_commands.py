@@ -21,7 +21,7 @@ from tpdist.bench.prompts import Prompt
 from tpdist.errors import RequestError
 
 FOLDER = Path(__file__).with_name("bench")
-SHARED = ("measuring", "systems", "checkpoint", "collectives", "control_processes", "simulated_nodes")
+SHARED = ("measuring", "systems", "checkpoint", "collectives", "control_processes", "models", "simulated_nodes")
 COMMANDS = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in SHARED)
 END_S = 240.0
 

@@ -385,6 +385,19 @@ def test_a_replacement_that_differs_ends_alone_and_another_is_waited_for() -> No
     assert (head.state.phase, head.state.epoch) == ("start", 2)
 
 
+def test_the_wait_for_another_replacement_begins_when_one_was_refused() -> None:
+    head = ready(register_timeout_s=60)
+    head.apply(HungUp(WORKER))
+    head.hear(HEAD, EpochEnded(instance=HEAD))
+    head.hear("other", register_of(0, instance="other"))
+    head.wait(100, alive=[HEAD, "other"])
+    head.hear("other", fingerprint_of("other", torch="2.11.0"))
+    head.wait(50, alive=[HEAD])
+    assert (head.state.phase, head.state.outcome) == ("register", None)
+    head.wait(11, alive=[HEAD])
+    assert head.state.outcome is not None
+
+
 def test_a_worker_that_somebody_ends_while_nodes_gather_is_no_failure() -> None:
     head = Head(rules_of(2, max_restarts=3))
     head.register(None, 0)

@@ -94,10 +94,10 @@ def test_what_is_written_without_a_logger_becomes_events(capsys: pytest.CaptureF
     log.configure(log_format="json", node="head")
     print("two\nlines", file=sys.stderr)
     print("a bar\rthat moves\r", end="\n", file=sys.stderr)
-    logging.getLogger("another.library").warning("careful")
+    logging.getLogger("somebody.else").warning("careful")
     found = events(capsys)
     assert [event["message"] for event in found] == ["two", "lines", "a bar", "that moves", "careful"]
-    assert [event["logger"] for event in found] == [None] * 4 + ["another.library"]
+    assert [event["logger"] for event in found] == [None] * 4 + ["somebody.else"]
     assert all((list(event), event["node"]) == (KEYS, "head") for event in found)
     assert not sys.stderr.isatty()
 
@@ -137,7 +137,7 @@ def test_text_again_after_json_leaves_nothing_behind(capsys: pytest.CaptureFixtu
     log.configure(log_format="json")
     log.configure()
     assert not log.logs_json()
-    logging.getLogger("another.library").info("not ours")
+    logging.getLogger("somebody.else").info("not ours")
     logger.info("x")
     assert capsys.readouterr().err.endswith("INFO     x\n")
 

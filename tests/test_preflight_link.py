@@ -8,8 +8,9 @@ from collections.abc import AsyncIterator
 import pytest
 from waiting import within
 
+from tpdist.control.listening import listening_socket
 from tpdist.preflight import link
-from tpdist.preflight.link import LinkError, answer_peers, listen, measure, try_connection
+from tpdist.preflight.link import LinkError, answer_peers, measure, try_connection
 
 DEADLINE_S = 30.0
 TOKEN = bytes(range(link.TOKEN_BYTES))
@@ -19,7 +20,7 @@ HOST = "127.0.0.1"
 @contextlib.asynccontextmanager
 async def answering(token: bytes = TOKEN) -> AsyncIterator[int]:
     """A node that answers peers; yields its port."""
-    with listen(HOST) as listener:
+    with listening_socket(HOST) as listener:
         task = asyncio.create_task(answer_peers(listener, token))
         yield listener.getsockname()[1]
         task.cancel()

@@ -14,6 +14,7 @@ from typing import TypeVar
 import torch
 
 from tpdist.control.channel import ClusterKeys, Codec, Dealer, Router, tcp_address, wait_any
+from tpdist.control.listening import listening_socket
 from tpdist.control.messages import Connect, Listening, Message, RankHello, RankStart, RankStop
 from tpdist.errors import JoinError, SettingsError
 from tpdist.parallel.group import RankGroup, SingleGroup
@@ -128,20 +129,14 @@ def _open_plan_link(start: RankStart, ports: Connect, keys: ClusterKeys | None) 
 
 
 def _listening_socket(host: str, port: int) -> socket.socket:
-    """A listening TCP socket for the store, so that its port is ours before anybody is told of it."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    """A socket for the store, so that its port is ours before anybody is told of it."""
     try:
-        listener.bind((host, port))
-        listener.listen(1024)
+        return listening_socket(host, port)
     except OSError as error:
-        listener.close()
         raise SettingsError(
             f"cannot listen on {host}:{port} for the store: {error.strerror or error}; free the port or set another "
             "with TPDIST_STORE_PORT"
         ) from error
-    return listener
 
 
 def _reachable(bind_host: str) -> str:

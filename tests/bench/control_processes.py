@@ -24,6 +24,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+from models import llama
 from simulated_nodes import SimulatedNodes
 
 from tpdist.control.channel import AsyncRouter, ClusterKeys, Codec
@@ -31,52 +32,18 @@ from tpdist.control.coordinator import Coordinator
 from tpdist.control.layout import make_layout
 from tpdist.control.state import Layout, NodeFacts, Rules
 from tpdist.plan.decoder_weights import decoder_weights
-from tpdist.plan.model_config import LayerConfig, ModelConfig, RopeConfig
+from tpdist.settings import Settings
 
 MOMENT_S = 120.0
-NUM_LAYERS = 128
-CONFIG = ModelConfig(
-    architecture="LlamaForCausalLM",
-    model_type="llama",
-    dtype="bfloat16",
-    vocab_size=32000,
+CONFIG = llama(
+    num_layers=128,
     hidden_size=1024,
     intermediate_size=4096,
-    num_hidden_layers=NUM_LAYERS,
-    num_attention_heads=128,
-    num_key_value_heads=8,
-    head_dim=16,
-    hidden_act="silu",
-    rms_norm_eps=1e-5,
+    vocab_size=32000,
     max_position_embeddings=4096,
-    tie_word_embeddings=False,
-    qkv_bias=False,
-    o_bias=False,
-    mlp_bias=False,
-    qk_norm=False,
-    layers=(LayerConfig(sliding_window=None, rope=RopeConfig()),) * NUM_LAYERS,
-    bos_token_id=None,
-    eos_token_ids=(),
+    head_dim=16,
 )
-SETTINGS: dict[str, Any] = {
-    "device": "auto",
-    "dtype": "auto",
-    "tensor_parallel_size": None,
-    "pipeline_parallel_size": None,
-    "pipeline_layers": None,
-    "tensor_shares": None,
-    "optimize": "throughput",
-    "max_model_len": None,
-    "max_num_seqs": 256,
-    "max_num_batched_tokens": 2048,
-    "block_size": 16,
-    "kv_cache_memory_bytes": None,
-    "gpu_memory_utilization": 0.9,
-    "max_seq_len": 4096,
-    "max_batch_size": 1,
-    "max_image_length": 1024,
-    "max_num_images": 1,
-}
+SETTINGS = Settings.load({}, environ={}).shared()
 Command = dict[str, Any]
 
 

@@ -11,37 +11,21 @@ from collections.abc import Callable
 from functools import partial
 
 from measuring import Figure, alternate, parser, show
+from models import llama
 
 from tpdist.errors import PlanError
 from tpdist.plan.decoder_weights import decoder_weights
 from tpdist.plan.inventory import make_inventory, parse_devices
-from tpdist.plan.model_config import LayerConfig, ModelConfig, RopeConfig
 from tpdist.plan.placement import Demand, Inventory
 from tpdist.plan.planner import plan_mapping, plan_ranks
 
-NUM_LAYERS = 126
-CONFIG = ModelConfig(
-    architecture="LlamaForCausalLM",
-    model_type="llama",
-    dtype="bfloat16",
-    vocab_size=128256,
+
+CONFIG = llama(
+    num_layers=126,
     hidden_size=16384,
     intermediate_size=53248,
-    num_hidden_layers=NUM_LAYERS,
-    num_attention_heads=128,
-    num_key_value_heads=8,
-    head_dim=128,
-    hidden_act="silu",
-    rms_norm_eps=1e-5,
+    vocab_size=128256,
     max_position_embeddings=131072,
-    tie_word_embeddings=False,
-    qkv_bias=False,
-    o_bias=False,
-    mlp_bias=False,
-    qk_norm=False,
-    layers=(LayerConfig(sliding_window=None, rope=RopeConfig()),) * NUM_LAYERS,
-    bos_token_id=None,
-    eos_token_ids=(),
 )
 WEIGHTS = decoder_weights(CONFIG)
 DEMAND = Demand(dtype="bfloat16", max_model_len=131072)

@@ -7,7 +7,7 @@ from itertools import pairwise
 import torch
 from torch import nn
 
-from tpdist.bigmodel.devices import Device, DeviceMapError, check_devices, torch_device
+from tpdist.bigmodel.devices import Device, DeviceMapError, check_devices
 from tpdist.bigmodel.sizes import prefixes
 
 log = logging.getLogger(__name__)
@@ -46,11 +46,6 @@ def check_device_map(model: nn.Module, device_map: Mapping[str, Placed]) -> None
     known = {name for name, _ in model.named_modules(remove_duplicate=False)} | set(tensors)
     if unknown := [key for key in device_map if key not in known]:
         log.warning("keys of the device map that name nothing in %s: %s", type(model).__name__, unknown[:NUM_SHOWN])
-
-
-def normalized(device_map: Mapping[str, Placed]) -> dict[str, torch.device | None]:
-    """The map with torch's devices; None is the disk."""
-    return {key: None if device == "disk" else torch_device(device) for key, device in device_map.items()}
 
 
 def clean_device_map(device_map: Mapping[str, Device]) -> dict[str, Device]:

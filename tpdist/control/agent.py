@@ -38,6 +38,7 @@ from tpdist.control.messages import (
     TokenOutput,
     Tokens,
 )
+from tpdist.control.passing_on import failure_to
 from tpdist.control.supervisor import STOP_GRACE_S, Supervisor
 from tpdist.control.view import with_news
 from tpdist.errors import InterruptedByUser, LostError, RequestError, TpdistError
@@ -85,7 +86,7 @@ class NodeAgent:
         """Join and serve until the end; afterwards the ranks are gone and the head has been told."""
         self._supervisor = supervisor
         self._spawn(self._stay_joined())
-        supervisor.broken.add_done_callback(self._on_supervisor_broken)
+        supervisor.broken.add_done_callback(failure_to(self._outcome))
         outcome = Outcome(TpdistError.exit_code, "the agent failed")
         try:
             outcome = await self._outcome
@@ -128,16 +129,8 @@ class NodeAgent:
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
         self._tasks.add(task)
-        task.add_done_callback(self._on_task_done)
-
-    def _on_task_done(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled() and (error := task.exception()) and not self._outcome.done():
-            self._outcome.set_exception(error)
-
-    def _on_supervisor_broken(self, broken: "asyncio.Future[None]") -> None:
-        if not broken.cancelled() and (error := broken.exception()) and not self._outcome.done():
-            self._outcome.set_exception(error)
+        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(failure_to(self._outcome))
 
     def _finish(self, exit_code: int, cause: str) -> None:
         if not self._outcome.done():

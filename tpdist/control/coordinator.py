@@ -35,15 +35,15 @@ from tpdist.control.messages import (
     TokenOutput,
     Tokens,
 )
+from tpdist.control.passing_on import failure_to
 from tpdist.control.publishing import Publisher
 from tpdist.control.requests import Requests
-from tpdist.control.state import Rules, State
+from tpdist.control.state import RUNNING, SERVING, Rules, State
 from tpdist.control.view import view
 
 logger = logging.getLogger(__name__)
 
 STANDSTILL_TICKS = 4
-SERVING = ("ready", "draining")
 ANSWER_HEARTBEATS = 0.02
 
 
@@ -73,7 +73,7 @@ class Coordinator:
         works = (self._receive(), self._answer_heartbeats(), self._receive_outputs(), self._watch(), self._keep_time())
         tasks = [asyncio.create_task(work) for work in (*works, self._publisher.run())]
         for task in tasks:
-            task.add_done_callback(self._fail_on_bug)
+            task.add_done_callback(failure_to(self._outcome))
         try:
             return await self._outcome
         finally:
@@ -84,10 +84,6 @@ class Coordinator:
     async def interrupt(self, request: DrainRequest) -> None:
         """Drain, or end at once, from outside the control plane."""
         await self._apply(Interrupt(request))
-
-    def _fail_on_bug(self, task: asyncio.Task[None]) -> None:
-        if not task.cancelled() and (error := task.exception()) and not self._outcome.done():
-            self._outcome.set_exception(error)
 
     async def _keep_time(self) -> None:
         interval_s = self._rules.heartbeat_interval_s / 2
@@ -182,7 +178,7 @@ class Coordinator:
 
     def _why(self) -> str:
         """The first line: what a rank logged before it ended is for the log."""
-        return self._state.restarts[-1].failure.cause.partition("\n")[0] if self._state.restarts else ""
+        return self._state.restarts[-1].failure.headline if self._state.restarts else ""
 
     async def _act(self, action: Action) -> None:
         match action:
@@ -254,8 +250,7 @@ class Coordinator:
             await self._router.send(origin, RequestFailed(request_id=request_id, status=status, message=message))
 
     async def _from_engine(self, envelope: Envelope) -> None:
-        is_over = self._state.phase in ("recover", "register", "compare", "ended")
-        if envelope.epoch != self._state.epoch or is_over:
+        if envelope.epoch != self._state.epoch or self._state.phase not in RUNNING:
             logger.debug("dropped a message of the engine of epoch %d, now %d", envelope.epoch, self._state.epoch)
             return
         body: Message = envelope.body

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from tpdist.control.events import Tick
 from tpdist.control.messages import RankProgress, RankUpdate
-from tpdist.control.state import RANK_PHASES, Failure, Key, Node, RankPace, Rules, State, name_of
+from tpdist.control.state import RANK_PHASES, RUNNING, SERVING, Failure, Key, Node, RankPace, Rules, State, name_of
 from tpdist.errors import LostError
 
 SILENT_TICKS = 4
@@ -22,7 +22,7 @@ MAX_LINES = 32
 
 def expired(state: State, now: float, rules: Rules) -> str:
     """Why the current phase has taken too long, or nothing."""
-    if state.phase in ("ready", "draining", "recover", "ended"):
+    if state.phase in (*SERVING, "recover", "ended"):
         return ""
     limit_s, setting = _limit(state.phase, rules)
     if now - state.phase_since <= limit_s:
@@ -36,7 +36,7 @@ def expired(state: State, now: float, rules: Rules) -> str:
 
 
 def lost(state: State, now: float, rules: Rules) -> Failure | None:
-    """A node that has gone or has been silent for too long, or a rank's broken collective whose grace is over.
+    """A node that has been silent for too long, or a rank's broken collective whose grace is over.
 
     In phase register nobody is lost: a node that has gone may be started again. A node that died with its ranks has
     been silent for about as long as its peers' collectives have been broken; its last heartbeat may have come after
@@ -65,7 +65,7 @@ def lost(state: State, now: float, rules: Rules) -> Failure | None:
 def hanging(state: State, tick: Tick, now: float, rules: Rules) -> Failure | None:
     """A rank whose process has been stopped for too long, or that reads its weights and gets none; or requests wait,
     and neither outputs nor any rank's progress have been seen for too long."""
-    if state.layout is None or state.phase not in (*RANK_PHASES, "draining"):
+    if state.layout is None or state.phase not in RUNNING:
         return None
     if state.phase == "load" and (failure := _starving(state, now, rules)):
         return failure
@@ -77,7 +77,7 @@ def hanging(state: State, tick: Tick, now: float, rules: Rules) -> Failure | Non
             )
             return Failure("hang", cause, LostError.exit_code)
     idle_s = min(tick.stalled_s, now - state.advanced_at)
-    if state.phase not in ("ready", "draining") or idle_s <= rules.hang_timeout_s:
+    if state.phase not in SERVING or idle_s <= rules.hang_timeout_s:
         return None
     cause = (
         f"{tick.in_flight} requests wait, and no rank has advanced for {idle_s:.1f} s "

@@ -1,5 +1,6 @@
 """How nodes come in: registration, replacement, fingerprints, and the moment at which all ranks are dealt. Pure."""
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 import msgspec
@@ -46,39 +47,30 @@ def _on_standby(state: State, register: Register, problem: str, now: float, rule
     return state, (_welcome(register, rules), Publish())
 
 
-def difference(state: State, node: Node, rules: Rules) -> str:
-    """Why a node cannot be one of this cluster, as far as its fingerprint and the head's are known; or nothing."""
-    head = state.nodes.get(None)
-    if head is None or head.fingerprint is None or node.fingerprint is None:
-        return ""
-    rows = compare.differences({"head": head.fingerprint, node.where: node.fingerprint}, settings=rules.settings)
-    return f"this node differs from the head; make these equal:\n{compare.table(rows)}" if rows else ""
-
-
 def on_standby_fingerprint(state: State, standby: Node, fingerprint: Fingerprint, rules: Rules) -> Answer:
     """A standby says what it is. One that differs ends, alone."""
     known = replace(standby, fingerprint=fingerprint)
-    return _without_other_standbys(replace(state, standbys={**state.standbys, standby.register.instance: known}), rules)
+    standbys = {**state.standbys, standby.register.instance: known}
+    return _without_those_that_differ(replace(state, standbys=standbys), (known,), rules)
 
 
-def _without_other_standbys(state: State, rules: Rules) -> Answer:
-    """Standbys that differ from the head, as far as that is known, can have no place."""
+def _without_those_that_differ(state: State, nodes: Iterable[Node], rules: Rules) -> Answer:
+    """Of `nodes`, members or standbys, those that differ from the head end, each alone, as far as that is known."""
     actions: list[Action] = []
-    for instance, standby in state.standbys.items():
-        if problem := difference(state, standby, rules):
-            state = state.without_standby(instance)
+    for node in nodes:
+        if problem := _difference(state, node, rules):
+            instance, key = node.register.instance, node.register.worker_id
+            state = state.dismiss(key) if instance in state.members else state.without_standby(instance)
             actions += [Send(instance, Shutdown(exit_code=JoinError.exit_code, cause=problem)), Publish()]
     return state, tuple(actions)
 
 
-def _without_those_that_differ(state: State, rules: Rules) -> Answer:
-    """Who came for a lost node and is not like it ends alone; the others wait for another."""
-    actions: list[Action] = []
-    for key, node in list(state.nodes.items()):
-        if key is not None and (problem := difference(state, node, rules)):
-            state = state.dismiss(key)
-            actions.append(Send(node.register.instance, Shutdown(exit_code=JoinError.exit_code, cause=problem)))
-    return replace(state, phase="register"), (*actions, Publish())
+def _difference(state: State, node: Node, rules: Rules) -> str:
+    head = state.nodes.get(None)
+    if head is None or node is head or head.fingerprint is None or node.fingerprint is None:
+        return ""
+    rows = compare.differences({"head": head.fingerprint, node.where: node.fingerprint}, settings=rules.settings)
+    return f"this node differs from the head; make these equal:\n{compare.table(rows)}" if rows else ""
 
 
 def _mismatch(register: Register, rules: Rules) -> str:
@@ -132,7 +124,7 @@ def on_fingerprint(state: State, key: Key, fingerprint: Fingerprint, now: float,
     state = state.update(key, replace(state.nodes[key], fingerprint=fingerprint))
     if key is not None:
         return _compare(state, now, rules)
-    state, actions = _without_other_standbys(state, rules)
+    state, actions = _without_those_that_differ(state, state.standbys.values(), rules)
     return after(actions, _compare(state, now, rules))
 
 
@@ -155,7 +147,8 @@ def _compare(state: State, now: float, rules: Rules) -> Answer:
     fingerprints = {name_of(fact.register.worker_id): fact.fingerprint for fact in facts}
     rows = compare.differences(fingerprints, settings=rules.settings)
     if rows and state.restarts:
-        return _without_those_that_differ(state, rules)
+        # Who came for a lost node and is not like it; the others wait for another.
+        return _without_those_that_differ(state.enter("register", now), ordered, rules)
     if rows:
         cause = f"the nodes disagree; make these equal on all of them:\n{compare.table(rows)}"
         return end(state, JoinError.exit_code, cause, now)

@@ -39,7 +39,7 @@ from tpdist.control.messages import (
     RankUpdate,
     Register,
 )
-from tpdist.control.state import RANK_PHASES, Failure, Key, Node, RankPace, Rules, State, seen
+from tpdist.control.state import RANK_PHASES, SERVING, Failure, Key, Node, RankPace, Rules, State, seen
 from tpdist.errors import JoinError, LostError, TpdistError
 
 STOPPED = ("T", "t")
@@ -217,7 +217,7 @@ def _rank_gone(state: State, node: Node, gone: RankGone, now: float, rules: Rule
 def _is_lasting(state: State, code: int) -> bool:
     """Whether a rank would end in the same way again: what is wrong before ranks serve is wrong the next time too,
     except for kills; a bug is given another chance where ranks have served before."""
-    if state.phase in ("ready", "draining"):
+    if state.phase in SERVING:
         return False
     return code in leaving.LASTING_CODES or (code == TpdistError.exit_code and not state.was_ready)
 

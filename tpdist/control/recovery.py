@@ -13,7 +13,7 @@ from typing import Any
 from tpdist.control import deadlines
 from tpdist.control.endings import dismissal, end
 from tpdist.control.events import Action, Answer, Publish, Send, after
-from tpdist.control.joining import difference, gather
+from tpdist.control.joining import gather
 from tpdist.control.messages import EndEpoch
 from tpdist.control.state import RANK_PHASES, Failure, Key, Node, Restart, Rules, State, promoted
 from tpdist.errors import LostError
@@ -93,7 +93,7 @@ def refill(state: State, now: float, rules: Rules) -> Answer:
 
 
 def _promote(state: State, now: float, rules: Rules) -> tuple[State, list[Action]]:
-    """Standbys that agree with the head take free places, in the order in which they came."""
+    """Standbys take free places, in the order in which they came."""
     actions: list[Action] = []
     for key in [key for key in rules.keys if key not in state.nodes]:
         usable = (node for node in state.standbys.values() if _is_usable(state, node, now, rules))
@@ -111,8 +111,8 @@ def without_silent_standbys(state: State, now: float, rules: Rules) -> State:
 
 
 def _is_usable(state: State, standby: Node, now: float, rules: Rules) -> bool:
-    known = standby.fingerprint is not None and not difference(state, standby, rules)
-    return known and not deadlines.is_silent(state, standby, now, rules)
+    """One that differs from the head is no standby any more as soon as that is known."""
+    return standby.fingerprint is not None and not deadlines.is_silent(state, standby, now, rules)
 
 
 def _why_lost(state: State, node: Node, now: float, rules: Rules) -> str:
@@ -139,7 +139,7 @@ def _kept(restarts: tuple[Restart, ...], now: float, rules: Rules) -> tuple[Rest
 
 
 def _in_short(restart: Restart) -> Restart:
-    return replace(restart, failure=replace(restart.failure, cause=_first_line(restart.failure.cause)))
+    return replace(restart, failure=replace(restart.failure, cause=restart.failure.headline))
 
 
 def _is_of_head(state: State, failure: Failure) -> bool:
@@ -150,12 +150,8 @@ def _is_of_head(state: State, failure: Failure) -> bool:
 def _with_history(failure: Failure, recent: list[Restart], rules: Rules) -> str:
     if not recent:
         return failure.cause
-    earlier = "\n".join(f"  epoch {restart.epoch}: {_first_line(restart.failure.cause)}" for restart in recent)
+    earlier = "\n".join(f"  epoch {restart.epoch}: {restart.failure.headline}" for restart in recent)
     return (
         f"{failure.cause}\nno restart is left: {len(recent)} in the last hour "
         f"(TPDIST_MAX_RESTARTS={rules.max_restarts}):\n{earlier}"
     )
-
-
-def _first_line(text: str) -> str:
-    return text.partition("\n")[0]

@@ -14,6 +14,9 @@ from tpdist.control.messages import Assign, EngineInfo, Fingerprint, RankProgres
 from tpdist.plan.placement import Placement
 
 RANK_PHASES = ("start", "connect", "load", "warmup", "ready")
+# Requests are at the engine; and: there are ranks.
+SERVING = ("ready", "draining")
+RUNNING = (*RANK_PHASES, "draining")
 
 # A node's place in the cluster: its worker id, or None for the head's own node.
 Key = int | None
@@ -101,6 +104,11 @@ class Failure:
     cause: str
     exit_code: int
     instance: str | None = None
+
+    @property
+    def headline(self) -> str:
+        """The cause without what a rank logged before it ended."""
+        return self.cause.partition("\n")[0]
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,7 @@ from tpdist.control.messages import (
     RankStop,
     RankUpdate,
 )
+from tpdist.control.passing_on import failure_to
 from tpdist.control.progress import ProgressFile
 from tpdist.errors import LostError
 from tpdist.log import LogFormat
@@ -91,12 +92,8 @@ class Supervisor:
 
     def _start_task(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work)
-        task.add_done_callback(self._note_failure)
+        task.add_done_callback(failure_to(self.broken))
         return task
-
-    def _note_failure(self, task: asyncio.Task[None]) -> None:
-        if not task.cancelled() and (error := task.exception()) and not self.broken.done():
-            self.broken.set_exception(error)
 
     def _forget(self) -> None:
         """Be ready for the ranks of another epoch."""

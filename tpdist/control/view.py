@@ -11,7 +11,7 @@ from tpdist.control.messages import (
     RankView,
     RestartView,
 )
-from tpdist.control.state import Node, RankPace, State, node_id
+from tpdist.control.state import SERVING, Node, RankPace, State, node_id
 from tpdist.errors import InterruptedByUser
 
 NUM_SHOWN = 20
@@ -54,7 +54,7 @@ def with_news(view: ClusterState, news: ClusterNews) -> ClusterState:
 def _state_name(state: State) -> str:
     if state.outcome is not None:
         return "draining" if state.outcome[0] in (0, InterruptedByUser.exit_code) else "failed"
-    if state.phase in ("ready", "draining"):
+    if state.phase in SERVING:
         return state.phase
     return "recovering" if state.restarts else "starting"
 

@@ -36,20 +36,6 @@ class LinkError(Exception):
 # -- the side that listens --------------------------------------------------------------------------------------------
 
 
-def listen(host: str, port: int = 0) -> socket.socket:
-    """A listening socket on a port that the kernel picks unless one is asked for. Raises OSError."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((host, port))
-        listener.listen(64)
-    except OSError:
-        listener.close()
-        raise
-    return listener
-
-
 async def answer_peers(listener: socket.socket, token: bytes) -> None:
     """Answer whoever brings the token, until cancelled. A thread for each peer gives exact times; deadlines end it."""
     listener.setblocking(False)

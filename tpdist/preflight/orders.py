@@ -13,9 +13,10 @@ from dataclasses import dataclass
 import msgspec
 
 from tpdist.control.child import describe_exit, output_of_module
+from tpdist.control.listening import listening_socket
 from tpdist.control.messages import ProbeReport
 from tpdist.control.supervisor import interface_variables
-from tpdist.preflight.link import LinkError, answer_peers, listen, measure
+from tpdist.preflight.link import LinkError, answer_peers, measure
 from tpdist.preflight.machine import limits
 from tpdist.preflight.words import (
     Answer,
@@ -96,7 +97,7 @@ class Station:
 
     def open_store(self, host: str, port: int) -> int:
         """Listen for the ranks of an all-reduce whose rank 0 is to run here; returns the port. Raises OSError."""
-        self._store = listen(host, port)
+        self._store = listening_socket(host, port)
         self._sockets.append(self._store)
         return int(self._store.getsockname()[1])
 
@@ -120,7 +121,7 @@ class Station:
         return await self._child(*words, timeout_s=MODEL_S)
 
     def _listen(self, work: Listen) -> Port:
-        listener = listen(work.host)
+        listener = listening_socket(work.host)
         self._sockets.append(listener)
         self._answering = asyncio.create_task(answer_peers(listener, work.token))
         return Port(port=listener.getsockname()[1])
