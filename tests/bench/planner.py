@@ -19,7 +19,6 @@ from tpdist.plan.inventory import make_inventory, parse_devices
 from tpdist.plan.placement import Demand, Inventory
 from tpdist.plan.planner import plan_mapping, plan_ranks
 
-
 CONFIG = llama(
     num_layers=126,
     hidden_size=16384,
