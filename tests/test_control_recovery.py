@@ -457,6 +457,12 @@ def test_a_stage_that_hangs_in_a_step_is_told_from_rank_0_which_waits_for_its_re
     assert "furthest behind is rank 1 on worker 0 (host-worker 0, pid 100), in step 9, in all_reduce 0" in cause
 
 
+def test_a_rank_that_was_stopped_after_its_step_is_told_from_the_one_that_waits_for_what_it_sent() -> None:
+    head = ready(node_lost_s=100.0)
+    cause = hang_of(head, progress(0, 9, in_step=False, process="T"), progress(1, 9, waiting=True))
+    assert "furthest behind is rank 0 on head (host-head, pid 100), after step 9, its process in state T" in cause
+
+
 def test_a_slow_step_whose_ranks_advance_is_no_hang() -> None:
     head = ready()
     for waits in range(100):

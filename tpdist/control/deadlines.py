@@ -115,25 +115,28 @@ def _starving(state: State, now: float, rules: Rules) -> Failure | None:
 
 
 def _furthest_behind(state: State) -> str:
-    """The rank that the others wait for. It is in the earliest step, or has not begun the next though others have; of
-    several, one that does not itself wait comes before one that does; in a tensor-parallel group that waits, the one
-    that has entered the fewest collectives.
+    """The rank that the others wait for. One whose process has been stopped comes first: what its main thread has sent
+    may still wait for its other threads. Then the one in the earliest step, or that has not begun the next though
+    others have; of several, one that does not itself wait comes before one that does; in a tensor-parallel group that
+    waits, the one that has entered the fewest collectives.
 
-    A rank that was stopped in the middle of a wait never leaves it, and so enters the next one never. Of stages that
-    wait in the same step the first is named: hidden states come from there.
+    A rank that hangs in the middle of a wait never leaves it, and so enters the next one never. Of stages that wait in
+    the same step the first is named: hidden states come from there.
     """
-    paces = {pace.progress.rank: (node, pace.progress) for node, pace in _paces(state)}
+    paces = {pace.progress.rank: (node, pace) for node, pace in _paces(state)}
     if not paces:
         return ""
     tp_size = state.assign_of(None).tp_size
 
-    def place(rank: int) -> tuple[int, bool, bool]:
-        progress = paces[rank][1]
-        return progress.step, not progress.in_step, progress.waiting
+    def place(rank: int) -> tuple[bool, int, bool, bool]:
+        pace = paces[rank][1]
+        progress = pace.progress
+        return pace.stopped_at is None, progress.step, not progress.in_step, progress.waiting
 
     first = min(paces, key=lambda rank: (*place(rank), rank))
     group = [rank for rank in paces if rank // tp_size == first // tp_size and place(rank) == place(first)]
-    node, progress = paces[min(group, key=lambda rank: (paces[rank][1].num_waits, rank))]
+    node, pace = paces[min(group, key=lambda rank: (paces[rank][1].progress.num_waits, rank))]
+    progress = pace.progress
     return (
         f"; furthest behind is rank {progress.rank} on {node.where}, {_doing(progress)}, "
         f"its process in state {progress.process or 'unknown'}"
