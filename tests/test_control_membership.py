@@ -8,7 +8,7 @@ from clusters import Head, fingerprint_of, register_of, rules_of, update_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tpdist.control.events import Event, Finish, Heard, HungUp, Interrupt, Send, Tick
+from tpdist.control.events import Beats, Event, Finish, Heard, HungUp, Interrupt, Send, Tick
 from tpdist.control.membership import advance
 from tpdist.control.messages import (
     Abort,
@@ -157,6 +157,23 @@ def test_a_replaced_instance_that_wakes_up_is_told_again() -> None:
     (answer,) = head.hear("worker 0", Heartbeat(instance="worker 0"))
     assert isinstance(answer, Send)
     assert isinstance(answer.body, Rejoin)
+
+
+def test_heartbeats_that_came_together_count_each_for_its_own_node() -> None:
+    head = Head(rules_of(2))
+    head.be_ready()
+    head.wait(5, alive=[])
+    step = RankProgress(2, step=4, num_waits=9, wait="gather", waiting=False, process="S")
+    beats = (
+        Heard("worker 1", Heartbeat(instance="worker 1", ranks=(step,)), epoch=1),
+        Heard("stranger", Heartbeat(instance="stranger"), epoch=1),
+        Heard("head", Heartbeat(instance="head"), epoch=1),
+    )
+    (answer,) = head.apply(Beats(beats))
+    assert (answer.instance, type(answer.body)) == ("stranger", Rejoin)
+    assert {key: node.last_seen for key, node in head.state.nodes.items()} == {None: 5, 0: 0, 1: 5}
+    assert head.state.nodes[1].paces[2].progress == step
+    assert head.state.advanced_at == 5
 
 
 @pytest.mark.parametrize("exit_code", [0, 130])
@@ -564,14 +581,8 @@ INSTANCES = ("head", "worker 0", "worker 1", "second", "standby")
 KEYS = st.sampled_from([None, 0, 1, 2, -1])
 CODES = st.integers(-10, 300)
 
-BODIES = st.one_of(
+HEARTBEATS = st.one_of(
     st.sampled_from(INSTANCES).map(lambda instance: Heartbeat(instance=instance)),
-    st.builds(
-        lambda instance, **probe: fingerprint_of(instance, **probe),
-        st.sampled_from(INSTANCES),
-        torch=st.sampled_from(["2.13.0", "2.13.0", "2.13.0", "2.11.0"]),
-    ),
-    st.builds(update_of, st.integers(-1, 4), st.sampled_from([*RANK_PHASES, "nonsense"])),
     st.builds(
         lambda rank, step, process: Heartbeat(
             instance="x", ranks=(RankProgress(rank, step, step, "gather", step == 1, process),)
@@ -580,6 +591,14 @@ BODIES = st.one_of(
         st.integers(0, 2),
         st.sampled_from(["S", "T"]),
     ),
+)
+BODIES = st.one_of(
+    st.builds(
+        lambda instance, **probe: fingerprint_of(instance, **probe),
+        st.sampled_from(INSTANCES),
+        torch=st.sampled_from(["2.13.0", "2.13.0", "2.13.0", "2.11.0"]),
+    ),
+    st.builds(update_of, st.integers(-1, 4), st.sampled_from([*RANK_PHASES, "nonsense"])),
     st.just(EpochEnded(instance="x")),
     st.builds(RankGone, rank=st.integers(-1, 4), exit_code=CODES, cause=st.just("rank"), secondary=st.booleans()),
     st.builds(DrainRequest, reason=st.just("drain"), immediate=st.booleans(), exit_code=CODES),
@@ -588,7 +607,10 @@ BODIES = st.one_of(
         [LISTENING, Abort(request_id="r"), RankHello(local_rank=0, pid=1), Shutdown(exit_code=1, cause="")]
     ),
 )
-HEARD = st.builds(Heard, st.sampled_from([*INSTANCES, "stranger"]), BODIES, epoch=st.sampled_from([0, 1, 1, 1, 2]))
+SENDERS = st.sampled_from([*INSTANCES, "stranger"])
+EPOCHS = st.sampled_from([0, 1, 1, 1, 2])
+HEARD = st.builds(Heard, SENDERS, BODIES, epoch=EPOCHS)
+BEATS = st.lists(st.builds(Heard, SENDERS, HEARTBEATS, epoch=EPOCHS), max_size=4).map(lambda each: Beats(tuple(each)))
 REGISTERED = st.builds(
     lambda instance, key: Heard(
         instance, register_of(key, instance=instance, standby=key is None and instance == "standby"), epoch=0
@@ -602,7 +624,7 @@ JOINED = st.sampled_from([(None, "head"), (0, "worker 0"), (1, "worker 1")]).map
 )
 TICKS = st.builds(Tick, in_flight=st.integers(0, 2))
 INTERRUPTS = st.builds(DrainRequest, reason=st.just("i"), immediate=st.booleans()).map(Interrupt)
-EVENTS = st.one_of(HEARD, HEARD, REGISTERED, JOINED, HANGUPS, TICKS, INTERRUPTS)
+EVENTS = st.one_of(HEARD, HEARD, BEATS, REGISTERED, JOINED, HANGUPS, TICKS, INTERRUPTS)
 MOMENTS = st.lists(st.tuples(st.sampled_from([0.0, 0.1, 0.5, 3.0, 50.0]), EVENTS), max_size=60)
 
 JOINING: list[Event] = [

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import threading
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterable, Sequence
 from contextlib import aclosing, asynccontextmanager
@@ -12,6 +13,7 @@ import pytest
 from clusters import fingerprint_of, register_of, rules_of
 from waiting import within
 
+from tpdist.control import agent
 from tpdist.control.agent import NodeAgent, Outcome
 from tpdist.control.channel import AsyncDealer, AsyncRouter, Codec
 from tpdist.control.coordinator import Coordinator
@@ -476,6 +478,18 @@ def test_no_name_that_a_stranger_chooses_stops_the_head(tmp_path: Path, identity
     run(main())
 
 
+def test_other_words_over_a_member_s_connection_for_heartbeats_do_not_stop_the_head(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with ready_cluster(tmp_path) as (cluster, _, head, worker):
+            for body in (register_of(0), Listening(store_port=1, plan_port=2), Abort(request_id="r")):
+                await worker.agent._link._heartbeats.send(body)
+            await asyncio.sleep(0.5)
+            assert not cluster.task.done()
+            assert head.agent.state().state == "ready"
+
+    run(main())
+
+
 def test_what_an_engine_of_another_epoch_says_is_dropped(tmp_path: Path) -> None:
     async def main() -> None:
         async with ready_cluster(tmp_path) as (cluster, engine, head, _):
@@ -698,6 +712,35 @@ def test_a_worker_that_loses_its_head_ends_its_ranks_and_joins_the_next_head(tmp
     run(main())
 
 
+def test_a_resolver_that_does_not_answer_does_not_stop_a_node_that_lost_its_head(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, answer = threading.Event(), threading.Event()
+
+    def needs_ipv6(address: str) -> bool:
+        asked.set()
+        assert answer.wait(DEADLINE_S / 4), "nothing else ran while a name was looked up"
+        return False
+
+    monkeypatch.setattr(agent, "needs_ipv6", needs_ipv6)
+
+    async def main() -> None:
+        async with cluster_of(tmp_path, num_workers=1) as first:
+            first.join(None)
+            worker = first.join(0, comes_back=True)
+            await worker.agent.wait_ready()
+            first.nodes.remove(worker)
+        while not asked.is_set():
+            await asyncio.sleep(BEAT_S)
+        answer.set()
+        async with cluster_of(tmp_path, num_workers=1, cluster_id="second life") as second:
+            second.nodes.append(worker)
+            second.join(None)
+            await worker.agent.wait_ready()
+
+    run(main())
+
+
 def test_a_worker_whose_head_does_not_come_back_says_so(tmp_path: Path) -> None:
     async def main() -> None:
         async with cluster_of(tmp_path, num_workers=1) as first:
@@ -780,7 +823,19 @@ def test_an_abandoned_node_ends_the_cluster_with_its_code(tmp_path: Path) -> Non
         async with ready_cluster(tmp_path) as (_, _, head, worker):
             worker.agent.abandon(130, "second signal")
             assert (await worker.outcome()).exit_code == 130
+            assert (worker.agent.state().state, worker.agent.state().reason) == ("draining", "second signal")
             assert (await head.outcome()) == Outcome(130, "worker 0 (host-worker 0, pid 100) left: second signal")
+
+    run(main())
+
+
+def test_a_node_that_fails_by_itself_is_not_ready_while_it_ends(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with ready_cluster(tmp_path) as (_, _, head, worker):
+            worker.agent.abandon(4, "tokenizer.json is no JSON")
+            assert await worker.outcome() == Outcome(4, "tokenizer.json is no JSON")
+            assert (worker.agent.state().state, worker.agent.state().reason) == ("failed", "tokenizer.json is no JSON")
+            assert (await head.outcome()).exit_code == 4
 
     run(main())
 

@@ -357,6 +357,18 @@ def test_ranks_of_one_epoch_after_another_leave_no_descriptor_and_none_is_taken_
     run(main())
 
 
+def test_a_watcher_that_fails_breaks_the_supervisor_instead_of_watching_no_more(tmp_path: Path) -> None:
+    async def main() -> None:
+        async def refuse(message: Message) -> None:
+            raise RuntimeError(f"cannot report {type(message).__name__}")
+
+        async with ranks(tmp_path, "hello(); leave(6)", report=refuse) as node:
+            with pytest.raises(RuntimeError, match="cannot report RankGone"):
+                await node.supervisor.broken
+
+    run(main())
+
+
 def test_no_rank_is_started_once_the_node_ends(tmp_path: Path) -> None:
     async def main() -> None:
         node = Node(tmp_path, "time.sleep(600)")

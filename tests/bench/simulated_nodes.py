@@ -212,6 +212,8 @@ class SimulatedNode:
         self._control.send(self._codec.encode(body))
 
     def _later(self, work: Callable[[], None]) -> None:
+        if work in self._timers:
+            self._timers[work].cancel()
         self._timers[work] = asyncio.get_running_loop().call_later(self._nodes.heartbeat_interval_s, work)
 
     def _register(self) -> None:
@@ -230,6 +232,8 @@ class SimulatedNode:
     def _on_beat(self, frame: bytes) -> None:
         self._nodes.counts.received("Heartbeat", frame)
         self._codec.decode(frame)
+        if not self._timers[self._beat].cancelled():
+            self._later(self._beat)
 
     def _on_control(self, frame: bytes) -> None:
         counts = self._nodes.counts

@@ -12,11 +12,12 @@ import asyncio
 import logging
 import time
 from collections.abc import Iterable
+from itertools import islice
 
 import msgspec
 
 from tpdist.control.channel import AsyncRouter
-from tpdist.control.events import Action, Event, Finish, Heard, HungUp, Interrupt, Publish, Send, Tick
+from tpdist.control.events import Action, Beats, Event, Finish, Heard, HungUp, Interrupt, Publish, Send, Tick
 from tpdist.control.membership import advance
 from tpdist.control.messages import (
     ENGINE_IDENTITY,
@@ -44,7 +45,8 @@ from tpdist.control.view import view
 logger = logging.getLogger(__name__)
 
 STANDSTILL_TICKS = 4
-ANSWER_HEARTBEATS = 0.02
+MOMENT_HEARTBEATS = 0.02
+MIN_AT_ONCE = 32
 
 
 class Coordinator:
@@ -60,8 +62,8 @@ class Coordinator:
         self._stats = EngineStats()
         self._requests = Requests()
         self._owed_since: float | None = None
-        self._owed: list[bytes] = []
-        self._owes = asyncio.Event()
+        self._beats: dict[bytes, Heard] = {}
+        self._beaten = asyncio.Event()
         self._publisher = Publisher(
             router, everybody=self._everybody, view=self._view, heartbeat_interval_s=rules.heartbeat_interval_s
         )
@@ -120,21 +122,30 @@ class Coordinator:
             await self._from_engine(envelope)
 
     async def _from_heartbeat(self, identity: bytes, envelope: Envelope) -> None:
-        """Only members are answered: an instance that has lost its place must not believe that all is well."""
-        instance = _name(identity.removesuffix(HEARTBEAT_SUFFIX))
-        await self._apply(Heard(instance, envelope.body, epoch=envelope.epoch))
-        if self._knows(instance):
-            self._owed.append(identity)
-            self._owes.set()
+        """Of a member the latest waits for the others of its moment. An instance that has lost its place must not
+        believe that all is well."""
+        heard = Heard(_name(identity.removesuffix(HEARTBEAT_SUFFIX)), envelope.body, epoch=envelope.epoch)
+        if isinstance(heard.body, Heartbeat) and self._knows(heard.instance):
+            self._beats[identity] = heard
+            self._beaten.set()
+        else:
+            await self._apply(heard)
 
     async def _answer_heartbeats(self) -> None:
-        """Those that came within a moment together: one message, and one thread woken up to send it."""
+        """Those that came within a moment together: one change of the state, one message, and one thread woken up to
+        send it. A node beats again an interval after its answer, so those that were answered together wake this
+        process together the next time; a moment takes no more than twice its share, lest they become one crowd.
+        """
         while True:
-            await self._owes.wait()
-            await asyncio.sleep(ANSWER_HEARTBEATS * self._rules.heartbeat_interval_s)
-            self._owes.clear()
-            owed, self._owed = self._owed, []
-            await self._router.send_all(owed, Heartbeat(instance=self._rules.cluster_id, stats=self._stats))
+            await self._beaten.wait()
+            await asyncio.sleep(MOMENT_HEARTBEATS * self._rules.heartbeat_interval_s)
+            most = max(MIN_AT_ONCE, int(2 * MOMENT_HEARTBEATS * len(self._rules.keys)))
+            together = {identity: self._beats.pop(identity) for identity in list(islice(self._beats, most))}
+            if not self._beats:
+                self._beaten.clear()
+            await self._apply(Beats(tuple(together.values())))
+            known = [identity for identity, heard in together.items() if self._knows(heard.instance)]
+            await self._router.send_all(known, Heartbeat(instance=self._rules.cluster_id, stats=self._stats))
 
     def _knows(self, instance: str) -> bool:
         return instance in self._state.members or instance in self._state.standbys

@@ -18,6 +18,13 @@ class Heard:
 
 
 @dataclass(frozen=True)
+class Beats:
+    """Heartbeats that came within a moment. Most of what a head hears is these, so they are one change of the state."""
+
+    beats: tuple[Heard, ...]
+
+
+@dataclass(frozen=True)
 class HungUp:
     """A connection of a node has closed. What came over it before may still be read."""
 
@@ -41,7 +48,7 @@ class Tick:
     stood_still: bool = False
 
 
-Event = Heard | HungUp | Interrupt | Tick
+Event = Heard | Beats | HungUp | Interrupt | Tick
 
 
 @dataclass(frozen=True)

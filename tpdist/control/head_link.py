@@ -79,6 +79,7 @@ class HeadLink:
         identity = self.instance.encode()
         connect = partial(AsyncDealer, address=joining.head, codec=self.codec, keys=joining.keys, ipv6=ipv6)
         self._control, self._heartbeats = connect(identity=identity), connect(identity=identity + HEARTBEAT_SUFFIX)
+        self._answered = asyncio.Event()
         self._last_heard = time.monotonic()
         self._last_wait = ""
 
@@ -154,14 +155,19 @@ class HeadLink:
     # -- staying ------------------------------------------------------------------------------------------------------
 
     async def _beat(self) -> None:
-        """Say that this node lives and how far its ranks are, and notice when the head does not."""
+        """Say that this node lives and how far its ranks are, and notice when the head does not. The next word comes
+        an interval after the head's answer: so nodes that it answers together wake it together."""
         await self.welcomed.wait()
         interval_s = self._joining.heartbeat_interval_s
         while True:
+            self._answered.clear()
             await self._heartbeats.send(Heartbeat(instance=self.instance, ranks=self._progress()))
-            slept_at = time.monotonic()
-            await asyncio.sleep(interval_s)
-            if time.monotonic() - slept_at > 2 * interval_s:
+            sent_at = time.monotonic()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(interval_s):
+                    await self._answered.wait()
+                await asyncio.sleep(interval_s)
+            if time.monotonic() - sent_at > 3 * interval_s:
                 # This process itself stood still: what the head sent meanwhile has not been read yet.
                 self._last_heard = time.monotonic()
             self._check_head()
@@ -184,6 +190,7 @@ class HeadLink:
         while True:
             envelope = await self._heartbeats.receive()
             self._last_heard = time.monotonic()
+            self._answered.set()
             await self._handle(envelope)
 
     async def _receive(self) -> None:

@@ -21,10 +21,11 @@ an epoch, and what comes of it later changes nothing. The first cause sets `outc
 counts only from the instance that holds a place, and a rank's only in its own epoch.
 """
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 from tpdist.control import deadlines, endings, joining, leaving, recovery
-from tpdist.control.events import Answer, Event, Finish, Heard, HungUp, Interrupt, Publish, Send, Tick
+from tpdist.control.events import Action, Answer, Beats, Event, Finish, Heard, HungUp, Interrupt, Publish, Send, Tick
 from tpdist.control.messages import (
     Connect,
     DrainRequest,
@@ -50,6 +51,10 @@ def advance(state: State, event: Event, now: float, rules: Rules) -> Answer:
     match event:
         case Heard(instance=instance, body=Register() as register):
             return joining.on_register(state, register, now, rules) if register.instance == instance else (state, ())
+        case Heard(body=Heartbeat()):
+            return _on_beats(state, (event,), now)
+        case Beats(beats=beats):
+            return _on_beats(state, beats, now)
         case Heard():
             return _heard(state, event, now, rules)
         case HungUp(instance=instance):
@@ -66,8 +71,6 @@ def _heard(state: State, heard: Heard, now: float, rules: Rules) -> Answer:
     if heard.instance not in state.members:
         return state, endings.answer_stranger(state, heard.instance, heard.body)
     key = state.members[heard.instance]
-    if isinstance(heard.body, Heartbeat):
-        return _beat(state, key, heard.body, heard.epoch, now), ()
     state = state.heard(key, now)
     match heard.body:
         case Goodbye() as goodbye:
@@ -137,16 +140,32 @@ def _heard_of_ranks(
             return state, ()
 
 
-def _beat(state: State, key: Key, beat: Heartbeat, epoch: int, now: float) -> State:
-    """Note a sign of life, which ranks have advanced, and which stand still. Most of what a head hears is this, so it
-    is one change of the state."""
-    node = seen(state.nodes[key], now, state.ticks)
-    if state.outcome is not None or not _is_current(state, epoch):
-        return state.update(key, node)
-    paces = {progress.rank: _pace(node.paces.get(progress.rank), progress, now) for progress in beat.ranks}
-    advanced = any(pace.advanced_at == now for pace in paces.values())
-    nodes = {**state.nodes, key: replace(node, paces=paces)}
-    return replace(state, nodes=nodes, advanced_at=now if advanced else state.advanced_at)
+def _on_beats(state: State, beats: Iterable[Heard], now: float) -> Answer:
+    """Note signs of life, which ranks have advanced, and which stand still."""
+    nodes, standbys = dict(state.nodes), dict(state.standbys)
+    strangers: list[Action] = []
+    advanced_at = state.advanced_at
+    for beat in beats:
+        if beat.instance in standbys:
+            standbys[beat.instance] = seen(standbys[beat.instance], now, state.ticks)
+        elif beat.instance not in state.members:
+            strangers += endings.answer_stranger(state, beat.instance, beat.body)
+        else:
+            key = state.members[beat.instance]
+            nodes[key] = node = _beating(state, nodes[key], beat, now)
+            if any(pace.advanced_at == now for pace in node.paces.values()):
+                advanced_at = now
+    return replace(state, nodes=nodes, standbys=standbys, advanced_at=advanced_at), tuple(strangers)
+
+
+def _beating(state: State, node: Node, beat: Heard, now: float) -> Node:
+    """A member with what it says of its ranks, if these are those of this epoch."""
+    assert isinstance(beat.body, Heartbeat)
+    node = seen(node, now, state.ticks)
+    if state.outcome is not None or not _is_current(state, beat.epoch):
+        return node
+    paces = {progress.rank: _pace(node.paces.get(progress.rank), progress, now) for progress in beat.body.ranks}
+    return replace(node, paces=paces)
 
 
 def _pace(before: RankPace | None, progress: RankProgress, now: float) -> RankPace:
