@@ -1,9 +1,10 @@
 """What the head does when something ends that should not: one epoch ends everywhere, and the next begins."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from clusters import Head, fingerprint_of, register_of, rules_of, update_of
+from clusters import Head, fingerprint_of, plan_one_rank_each, register_of, rules_of, update_of
 
 from tpdist.control.events import Finish, Heard, HungUp, Send, Tick
 from tpdist.control.messages import (
@@ -21,8 +22,9 @@ from tpdist.control.messages import (
     Shutdown,
     Welcome,
 )
-from tpdist.control.state import name_of
+from tpdist.control.state import Layout, NodeFacts, name_of
 from tpdist.control.view import view
+from tpdist.errors import PlanError
 
 KILLED = RankGone(rank=1, exit_code=6, cause="was killed by SIGKILL")
 HEAD, WORKER = "head", "worker 0"
@@ -396,6 +398,40 @@ def test_the_wait_for_another_replacement_begins_when_one_was_refused() -> None:
     assert (head.state.phase, head.state.outcome) == ("register", None)
     head.wait(11, alive=[HEAD])
     assert head.state.outcome is not None
+
+
+def test_a_replacement_with_which_the_model_does_not_fit_ends_alone_and_the_next_standby_is_tried() -> None:
+    def plan(nodes: Sequence[NodeFacts]) -> Layout:
+        if any(node.fingerprint.probe.memory_bytes < 1000 for node in nodes):
+            raise PlanError("2 GiB short")
+        return plan_one_rank_each(nodes)
+
+    head = ready(plan=plan)
+    with_standby(head, instance="small", memory_bytes=10)
+    with_standby(head, instance="large")
+    head.apply(HungUp(WORKER))
+    head.hear(HEAD, EpochEnded(instance=HEAD))
+    (shutdown,) = head.told("small", Shutdown)
+    assert shutdown.exit_code == 3
+    assert shutdown.cause == "this node cannot take the place of the one that was lost: 2 GiB short"
+    assert not head.told(HEAD, Shutdown)
+    head.wait(1, alive=[HEAD, "large"])
+    assert (head.state.phase, head.state.epoch) == ("start", 2)
+    assert head.state.members == {HEAD: None, "large": 0}
+
+
+def test_nodes_with_which_the_model_does_not_fit_any_more_end_the_cluster() -> None:
+    plans = iter([plan_one_rank_each])
+
+    def plan(nodes: Sequence[NodeFacts]) -> Layout:
+        for make in plans:
+            return make(nodes)
+        raise PlanError("2 GiB short")
+
+    head = ready(plan=plan)
+    head.hear(WORKER, RankGone(rank=1, exit_code=-9, cause="killed"))
+    all_end(head)
+    assert head.state.outcome == (3, "2 GiB short")
 
 
 def test_a_worker_that_somebody_ends_while_nodes_gather_is_no_failure() -> None:

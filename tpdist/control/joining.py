@@ -73,6 +73,16 @@ def _difference(state: State, node: Node, rules: Rules) -> str:
     return f"this node differs from the head; make these equal:\n{compare.table(rows)}" if rows else ""
 
 
+def _refuse_newcomers(state: State, nodes: Iterable[Node], error: TpdistError) -> Answer:
+    """With those that came for lost nodes no layout is possible: they end, and the others wait for better ones."""
+    actions: list[Action] = []
+    for node in nodes:
+        state = state.dismiss(node.register.worker_id)
+        cause = f"this node cannot take the place of the one that was lost: {error}"
+        actions.append(Send(node.register.instance, Shutdown(exit_code=error.exit_code, cause=cause)))
+    return state, (*actions, Publish())
+
+
 def _mismatch(register: Register, rules: Rules) -> str:
     """Why this node cannot belong to this cluster, or nothing."""
     key = register.worker_id
@@ -155,6 +165,9 @@ def _compare(state: State, now: float, rules: Rules) -> Answer:
     try:
         layout = rules.plan(facts)
     except TpdistError as error:
+        newcomers = [node for node in ordered if state.restarts and not node.has_run]
+        if newcomers:
+            return _refuse_newcomers(state.enter("register", now), newcomers, error)
         return end(state, error.exit_code, str(error), now)
     epoch = state.epoch + 1
     life = {"cluster_id": rules.cluster_id, "epoch": epoch}

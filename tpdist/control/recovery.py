@@ -34,7 +34,7 @@ def abort(state: State, failure: Failure, now: float, rules: Rules) -> Answer:
     left, actions = _without(state, failure.instance, failure.cause)
     running = state.phase in RANK_PHASES
     anew: dict[str, Any] = {"ranks": {}, "updated_at": {}, "paces": {}, "ended": not running}
-    nodes = {key: replace(node, **anew) for key, node in left.nodes.items()}
+    nodes = {key: replace(node, has_run=node.has_run or running, **anew) for key, node in left.nodes.items()}
     aborted = replace(
         left,
         phase="recover",

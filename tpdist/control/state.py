@@ -77,8 +77,8 @@ class RankPace:
 @dataclass(frozen=True)
 class Node:
     """One node. `updated_at`: when each of its `ranks` reported last. `last_seen` is when it was heard last, `seen_at`
-    the number of the tick before that. `ended`: none of its ranks is left of the epoch that was aborted. `gone`: it has
-    said goodbye, or cannot any more."""
+    the number of the tick before that. `has_run`: it has had ranks, in an epoch that was aborted. `ended`: none of
+    those is left. `gone`: it has said goodbye, or cannot any more."""
 
     register: Register
     last_seen: float
@@ -87,6 +87,7 @@ class Node:
     ranks: Mapping[int, RankUpdate] = field(default_factory=dict)
     updated_at: Mapping[int, float] = field(default_factory=dict)
     paces: Mapping[int, RankPace] = field(default_factory=dict)
+    has_run: bool = False
     ended: bool = False
     gone: bool = False
 
