@@ -175,6 +175,14 @@ def test_max_memory_limits_what_it_names_and_leaves_out_the_rest() -> None:
     assert usable == pytest.approx([GIB, 1 << 37], rel=1e-6)
 
 
+def test_max_memory_may_name_a_device_and_leave_it_what_is_free() -> None:
+    asked = one_process(max_memory={"0": None, "1": GIB})
+    free = process_inventory(node(devices=gpus(2)), device="cuda", asked=one_process()).devices
+    limited = process_inventory(node(devices=gpus(2)), device="cuda", asked=asked).devices
+    assert [device.name for device in limited] == ["cuda:0", "cuda:1"]
+    assert limited[0].free_bytes == free[0].free_bytes > limited[1].free_bytes
+
+
 def test_max_memory_does_not_take_the_disk_away_that_an_offload_folder_allows() -> None:
     facts = node(devices=gpus(1))
     for limits, expected in (({"cpu": GIB}, ["cpu", "disk"]), ({"0": GIB, "disk": 7}, ["cuda:0", "disk"])):

@@ -140,6 +140,7 @@ def test_blocks_start_at_the_device_given() -> None:
     assert block_device(31, cfg, torch.device("cuda")) == torch.device("cuda", 3)
     assert block_device(31, cfg) == torch.device("cpu")
     assert block_device(31, config(32, 4), "cpu") == torch.device("cpu")
+    assert block_device(3, SimpleNamespace(device="cpu")) == torch.device("cpu")
 
 
 @pytest.mark.parametrize("index", [-1, 12, 100])
@@ -153,7 +154,7 @@ def test_blocks_on_no_device_are_an_error() -> None:
         block_device(0, config(12, 0))
 
 
-@pytest.mark.parametrize("n_devices", [None, 1])
+@pytest.mark.parametrize("n_devices", [None, 1, 0])
 @pytest.mark.parametrize("device", [None, "cpu", "cuda:1"])
 def test_a_single_device_needs_no_map(n_devices: int | None, device: str | None) -> None:
     assert resolve_device_map(n_devices, None, device) == (None, None)
@@ -169,29 +170,22 @@ def test_several_devices_are_balanced_over_exactly_that_many(monkeypatch: pytest
 
 def test_budgets_that_are_given_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, (80, 0), (80, 0))
-    max_memory: dict[str | int, str] = {1: "10GiB"}
-    assert resolve_device_map(2, None, None, max_memory) == ("balanced", {0: "auto", 1: "10GiB"})
-    assert max_memory == {1: "10GiB"}
+    max_memory: dict[str | int, str] = {1: "10GiB", "cpu": "30GiB"}
+    assert resolve_device_map(2, None, None, max_memory) == ("balanced", {0: "auto", **max_memory})
+    assert max_memory == {1: "10GiB", "cpu": "30GiB"}
 
 
-@pytest.mark.parametrize("key", [2, -1, "cpu", "disk"])
+@pytest.mark.parametrize("key", [2, -1, "disk"])
 def test_a_budget_for_none_of_the_devices_is_an_error(monkeypatch: pytest.MonkeyPatch, key: str | int) -> None:
     pretend(monkeypatch, (80, 0), (80, 0), (80, 0))
     with pytest.raises(ValueError, match=f"max_memory has {key!r}, which is none of the CUDA devices 0 to 1"):
         resolve_device_map(2, None, None, {0: "10GiB", key: "10GiB"})
 
 
-@pytest.mark.parametrize("n_devices", [0, -1])
-@pytest.mark.parametrize("device_map", [None, "auto"])
-def test_fewer_than_one_device_is_an_error(n_devices: int, device_map: str | None) -> None:
-    with pytest.raises(ValueError, match=f"n_devices is {n_devices}; it must be at least 1"):
-        resolve_device_map(n_devices, device_map, None)
-
-
 @pytest.mark.parametrize("visible", [0, 1])
 def test_more_devices_than_there_are_is_an_error(monkeypatch: pytest.MonkeyPatch, visible: int) -> None:
     pretend(monkeypatch, *[(80, 0)] * visible)
-    with pytest.raises(ValueError, match=f"n_devices is 2, but {visible} CUDA devices are visible"):
+    with pytest.raises(ValueError, match=f"n_devices is 2, which requires CUDA devices, but only {visible} are"):
         resolve_device_map(2, None, None)
 
 
@@ -216,7 +210,7 @@ def test_a_device_outside_of_those_asked_for_is_an_error(monkeypatch: pytest.Mon
         {"": "mps"},
     ],
 )
-@pytest.mark.parametrize("n_devices", [None, 1, 7])
+@pytest.mark.parametrize("n_devices", [None, 0, 1, 7])
 def test_an_explicit_map_wins_and_passes_through(device_map: Any, n_devices: int | None) -> None:
     max_memory: dict[str | int, str] = {0: "10GiB", "cpu": "30GiB"}
     resolved, budgets = resolve_device_map(n_devices, device_map, None, max_memory)
@@ -228,19 +222,21 @@ def test_an_explicit_map_wins_and_passes_through(device_map: Any, n_devices: int
 @pytest.mark.parametrize("device", ["cpu", "cuda:0", torch.device("cuda")])
 @pytest.mark.parametrize("device_map", ["auto", {"": 0}])
 def test_a_device_beside_a_map_is_an_error(device_map: Any, device: Any) -> None:
-    with pytest.raises(ValueError, match="both given"):
+    with pytest.raises(ValueError, match="mutually exclusive"):
         resolve_device_map(None, device_map, device)
 
 
 @pytest.mark.parametrize("target", ["cpu", "disk", "meta", "CPU", "Disk"])
 def test_a_map_that_offloads_is_an_error_that_names_the_entry(target: str) -> None:
-    with pytest.raises(ValueError, match=rf"device_map\['lm_head'\] is '{target}', but weights that are offloaded"):
+    with pytest.raises(
+        ValueError, match=rf"device_map\['lm_head'\] is '{target}', which is not supported: "
+    ):
         resolve_device_map(None, {"model": 0, "lm_head": target}, None)
 
 
 @pytest.mark.parametrize("target", ["disk", "meta"])
 def test_a_whole_model_that_is_offloaded_is_an_error(target: str) -> None:
-    with pytest.raises(ValueError, match=f"device_map is '{target}', but weights that are offloaded"):
+    with pytest.raises(ValueError, match=f"device_map is '{target}', which is not supported: weights that"):
         resolve_device_map(None, target, None)
 
 
@@ -305,6 +301,13 @@ def test_an_embedding_that_the_map_does_not_reach_is_asked_itself() -> None:
     assert find_embedding_device(Spread({"model.vision": 1})) == torch.device("cpu")
     offloaded = Spread({"model.vision": 1}).to("meta")
     assert find_embedding_device(offloaded) == torch.device("cuda:1")
+
+
+def test_an_embedding_that_is_no_module_of_torch_is_asked_too() -> None:
+    held = SimpleNamespace(device=torch.device("cuda:1"))
+    embedding = SimpleNamespace(parameters=lambda: iter([held]))
+    model = SimpleNamespace(hf_device_map={"vision": 0, "text": 1}, get_input_embeddings=lambda: embedding)
+    assert find_embedding_device(model) == torch.device("cuda:1")
 
 
 @pytest.mark.parametrize("model", [Spread({"a": 2, "b": 1}, embedding=None), SimpleNamespace(hf_device_map={"a": 2})])

@@ -78,7 +78,8 @@ def get_device_for_block_index(index: int, cfg: Any, device: str | torch.device 
     """Return the device of layer `index`, where `cfg.n_layers` consecutive layers are dealt to `cfg.n_devices` devices.
 
     The first of them is `device`, or that of `cfg`. Shares differ by one layer at most; with more devices than layers
-    some have none. The CPU is one device whatever `n_devices` says. Raises ValueError for a layer that is not there.
+    some have none. The CPU is one device, for any layer and whatever `n_devices` says; elsewhere a layer that is not
+    there raises ValueError.
 
     Deprecated: it does not look at memory; use get_best_available_device, or place by plan.
     """
@@ -88,12 +89,12 @@ def get_device_for_block_index(index: int, cfg: Any, device: str | torch.device 
         stacklevel=2,
     )
     first = _configured(cfg.device if device is None else device)
+    if first.type == "cpu":
+        return first
     if not 0 <= index < cfg.n_layers:
         raise ValueError(f"layer {index} is not one of the model's layers 0 to {cfg.n_layers - 1}")
     if cfg.n_devices < 1:
         raise ValueError(f"n_devices is {cfg.n_devices}; it must be at least 1")
-    if first.type == "cpu":
-        return first
     # Multiplied first: dividing by n_layers // n_devices goes past the last device wherever that leaves a rest.
     return torch.device(first.type, (first.index or 0) + index * cfg.n_devices // cfg.n_layers)
 
@@ -107,17 +108,16 @@ def resolve_device_map(
     """Return `device_map` and `max_memory` as from_pretrained takes them; (None, None) stands for a single device.
 
     A `device_map` wins over `n_devices`; it and `max_memory` are returned as they are. Several devices become
-    "balanced", limited to the first `n_devices` by a budget for each: that of `max_memory`, otherwise "auto".
+    "balanced", limited to the first `n_devices` by a budget for each: that of `max_memory`, otherwise "auto". A budget
+    for the CPU is kept.
 
-    Raises ValueError for fewer than one device, more than there are, `device` together with `device_map`, `device` or
-    `max_memory` that name none of the `n_devices`, and a `device_map` that offloads or names no device.
+    Raises ValueError for more devices than there are, `device` together with `device_map`, `device` or `max_memory`
+    that name none of the `n_devices`, and a `device_map` that offloads or names no device.
     """
-    if n_devices is not None and n_devices < 1:
-        raise ValueError(f"n_devices is {n_devices}; it must be at least 1, or None for a single device")
     if device_map is not None:
         _check_device_map(device_map, device)
         return device_map, max_memory
-    if n_devices is None or n_devices == 1:
+    if n_devices is None or n_devices <= 1:
         return None, None
     _check_cuda_devices(n_devices, device)
     return "balanced", _budgets(n_devices, max_memory or {})
@@ -160,8 +160,8 @@ def _configured(device: str | torch.device | None) -> torch.device:
 def _check_device_map(device_map: DeviceMap, device: str | torch.device | None) -> None:
     if device is not None:
         raise ValueError(
-            f"device {str(device)!r} and device_map {device_map!r} are both given, and each says where the model goes; "
-            f"leave one out"
+            f"device {str(device)!r} and device_map {device_map!r} are mutually exclusive: each says where the model "
+            f"goes; leave one out"
         )
     if isinstance(device_map, str):
         # All of a model on the CPU is not offloaded: its weights are real ones.
@@ -178,8 +178,8 @@ def _check_target(where: str, target: str | int, expected: str) -> None:
     """Raise ValueError unless `target` is a device that can hold weights. Whether it is there is seen at loading."""
     if _name(target).lower() in OFFLOADED:
         raise ValueError(
-            f"{where} is {target!r}, but weights that are offloaded cannot be read by hooks; use {expected}, or more "
-            f"devices"
+            f"{where} is {target!r}, which is not supported: weights that are offloaded cannot be read by hooks; use "
+            f"{expected}, or more devices"
         )
     try:
         _device(target)
@@ -191,8 +191,8 @@ def _check_cuda_devices(n_devices: int, device: str | torch.device | None) -> No
     visible = torch.cuda.device_count()
     if visible < n_devices:
         raise ValueError(
-            f"n_devices is {n_devices}, but {visible} CUDA devices are visible; use at most that many, or check "
-            f"CUDA_VISIBLE_DEVICES"
+            f"n_devices is {n_devices}, which requires CUDA devices, but only {visible} are visible; use at most that "
+            f"many, or check CUDA_VISIBLE_DEVICES"
         )
     first = _configured("cuda" if device is None else device)
     if first.type != "cuda" or (first.index or 0) >= n_devices:
@@ -204,12 +204,13 @@ def _check_cuda_devices(n_devices: int, device: str | torch.device | None) -> No
 
 def _budgets(n_devices: int, max_memory: MaxMemory) -> MaxMemory:
     for key in max_memory:
-        if key not in range(n_devices):
+        if key not in (*range(n_devices), "cpu"):
             raise ValueError(
                 f"max_memory has {key!r}, which is none of the CUDA devices 0 to {n_devices - 1} that n_devices "
                 f"{n_devices} stands for; leave it out, or give a device_map"
             )
-    return {index: max_memory.get(index, "auto") for index in range(n_devices)}
+    every: MaxMemory = dict.fromkeys(range(n_devices), "auto")
+    return every | max_memory
 
 
 def _input_embedding(hf_model: Any) -> Any:
@@ -233,8 +234,8 @@ def _covers(key: str, name: str) -> bool:
 
 def _held_on(module: Any) -> torch.device | None:
     """Where the weights of `module` are now; None without a module, without weights, or if they are offloaded."""
-    parameters = module.parameters() if isinstance(module, nn.Module) else iter(())
-    device = next((parameter.device for parameter in parameters), None)
+    parameters = getattr(module, "parameters", tuple)
+    device = next((parameter.device for parameter in parameters()), None)
     return None if device is None or device.type == "meta" else device
 
 

@@ -83,9 +83,9 @@ class PlacementSettings(ClusterSettings):
         section="placement",
         metavar="MAP",
     )
-    max_memory: dict[str, int] | None = option(
+    max_memory: dict[str, int | None] | None = option(
         None,
-        "With one rank: most bytes on each device, as 0=20GiB,cpu=30GiB; what is not named takes nothing.",
+        "With one rank: most bytes on each device, as 0=20GiB,cpu=auto; what is not named takes nothing.",
         section="placement",
         metavar="DEVICE=SIZE,...",
     )

@@ -54,7 +54,8 @@ def parse_device_map(value: object) -> object:
 
 
 def parse_sizes(value: object) -> object:
-    """Turn "0=20GiB,cpu=30GiB", or a dict with such sizes, into bytes by device; a plain number is a GPU's."""
+    """Turn "0=20GiB,cpu=30GiB", or a dict with such sizes, into bytes by device; a plain number is a GPU's, and "auto"
+    is what is free there, None."""
     if isinstance(value, str):
         pairs = [each.partition("=") for each in value.split(",")]
         if not all(name.strip() and size.strip() for name, _, size in pairs):
@@ -62,4 +63,4 @@ def parse_sizes(value: object) -> object:
         value = {name.strip(): size for name, _, size in pairs}
     if not isinstance(value, dict):
         return value
-    return {str(name): parse_bytes(size) for name, size in value.items()}
+    return {str(name): None if size == "auto" else parse_bytes(size) for name, size in value.items()}

@@ -65,7 +65,7 @@ def process_devices(
     *,
     cpu_only: bool,
     disk: bool,
-    max_memory: Mapping[str, int] | None,
+    max_memory: Mapping[str, int | None] | None,
     gpu_memory_utilization: float,
 ) -> list[Device]:
     """All devices of one process on a node: GPUs, its memory, and its disk if layers may be there, of which no more may
@@ -89,9 +89,9 @@ def _disk(node: str) -> Device:
     )
 
 
-def _limited(devices: Sequence[Device], most: Mapping[str, int], gpu_memory_utilization: float) -> list[Device]:
-    """With at most these bytes; what is not named takes nothing, but for the disk, which was allowed by itself. A plain
-    number is a GPU's."""
+def _limited(devices: Sequence[Device], most: Mapping[str, int | None], gpu_memory_utilization: float) -> list[Device]:
+    """With at most these bytes, None for what is free; what is not named takes nothing, but for the disk, which was
+    allowed by itself. A plain number is a GPU's."""
     limits = {f"cuda:{name}" if name.isdecimal() else name: size for name, size in most.items()}
     names = [device.name for device in devices]
     if unknown := [name for name in limits if name not in names]:
@@ -100,7 +100,8 @@ def _limited(devices: Sequence[Device], most: Mapping[str, int], gpu_memory_util
     def limit(device: Device) -> int:
         """Of a GPU a part is left to others, which the limit is not to lose as well."""
         kept = int((1 - gpu_memory_utilization) * device.total_bytes) if device.kind == "cuda" else 0
-        return min(device.free_bytes, limits.get(device.name, device.free_bytes) + kept)
+        size = limits.get(device.name)
+        return device.free_bytes if size is None else min(device.free_bytes, size + kept)
 
     return [
         replace(device, free_bytes=limit(device))

@@ -30,7 +30,7 @@ class OneProcess:
     placement: Literal["exact", "first-fit"]
     device_layers: str | None
     device_map: str | Mapping[str, int | str] | None
-    max_memory: Mapping[str, int] | None
+    max_memory: Mapping[str, int | None] | None
     disk: bool
     optimize: Objective | None = None
     gpu_memory_utilization: float = 0.9
