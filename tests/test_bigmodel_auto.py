@@ -1,6 +1,7 @@
 """The exact planner on random models: it spills no model that fits, keeps what belongs together, covers all."""
 
 import random
+import warnings
 from itertools import permutations
 from typing import Any
 
@@ -19,12 +20,14 @@ from tpdist.bigmodel import (
 )
 from tpdist.bigmodel.device_map import device_of
 
-ALL_GPUS = {0: 1, 1: 1, 2: 1, 3: 1, 4: 1, "cpu": 1}
+pytestmark = pytest.mark.filterwarnings("ignore:buffers of offloaded layers")
+
+ALL_DEVICES = [0, 1, 2, 3, 4, "cpu"]
 
 
 @pytest.fixture(autouse=True)
 def _five_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(devices, "free_memory", lambda: dict(ALL_GPUS))
+    monkeypatch.setattr(devices, "present_devices", lambda: ALL_DEVICES)
 
 
 def bytes_on(model: nn.Module, device_map: dict[int | str, int | str]) -> dict[int | str, int]:
@@ -194,13 +197,59 @@ def test_verbose_names_every_piece(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize("plan", [auto_device_map, infer_auto_device_map])
-def test_buffers_that_no_gpu_has_room_for_are_reported(plan: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_buffers_that_no_gpu_has_room_for_are_warned_of(plan: Any) -> None:
     model = nn.Sequential(nn.Linear(4, 4, bias=False), *(nn.BatchNorm1d(32) for _ in range(3)))
-    assert plan(model, {0: 2000, "cpu": 0}) == {"": 0}
-    plan(model, {0: 600, "cpu": 2000}, offload_buffers=True)
-    assert "buffers" not in caplog.text
-    assert plan(model, {0: 600, "cpu": 4000}) == {"0": 0, "1": "cpu", "2": "cpu", "3": "cpu"}
-    assert "buffers of offloaded layers take 792 bytes" in caplog.text
+    with warnings.catch_warnings(action="error"):
+        assert plan(model, {0: 2000, "cpu": 0}) == {"": 0}
+        plan(model, {0: 600, "cpu": 2000}, offload_buffers=True)
+    with pytest.warns(UserWarning, match="buffers of offloaded layers take 792 bytes"):
+        assert plan(model, {0: 600, "cpu": 4000}) == {"0": 0, "1": "cpu", "2": "cpu", "3": "cpu"}
+
+
+class Twice(nn.Module):
+    """A parameter and a module under two names each, beside another module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.zeros(4))
+        self.other = nn.Linear(4, 4)
+        self.left = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+        self.right, self.same = self.left, self.scale
+
+
+@pytest.mark.parametrize("plan", [auto_device_map, infer_auto_device_map])
+@pytest.mark.parametrize("clean", [False, True])
+def test_what_stands_twice_in_a_module_has_a_device_under_both_names(plan: Any, clean: bool) -> None:
+    linear = nn.Linear(4, 4)
+    twice = nn.Sequential(nn.Linear(4, 4), linear, nn.ReLU(), linear, nn.Linear(4, 4))
+    for model in (twice, Twice(), nn.Sequential(Twice(), nn.Linear(2, 2))):
+        total = compute_module_sizes(model)[""]
+        for room in range(0, total + 80, 16):
+            device_map = plan(model, {0: room, "cpu": total}, clean_result=clean)
+            check_device_map(model, device_map)
+            for path, module in model.named_modules(remove_duplicate=False):
+                if path and module is linear:
+                    assert device_map.get(path) == device_map.get("1")
+    device_map = auto_device_map(twice, {0: 200, 1: 200})
+    assert list(device_map.items()) == [("0", 0), ("1", 0), ("2", 0), ("3", 0), ("4", 1)]
+
+
+class Signs(nn.Module):
+    """Has a buffer only, which a state dict may hold."""
+
+    def __init__(self, *, persistent: bool) -> None:
+        super().__init__()
+        self.register_buffer("signs", torch.ones(8), persistent=persistent)
+
+
+@pytest.mark.parametrize("plan", [auto_device_map, infer_auto_device_map])
+def test_only_what_needs_a_device_has_one_under_its_second_name(plan: Any) -> None:
+    """Accelerate's maps have none for modules without parameters; it takes those if no state dict has the buffers."""
+    for shared, covered in ((nn.ReLU(), False), (Signs(persistent=False), False), (Signs(persistent=True), True)):
+        model = nn.Sequential(nn.Linear(4, 4), shared, shared, nn.Linear(4, 4))
+        device_map = plan(model, {0: 160, "cpu": 1000})
+        assert ("2" in device_map) == covered
+        check_device_map(model, device_map)
 
 
 def test_many_layers_take_a_moment_only() -> None:

@@ -2,14 +2,17 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from tpdist.bigmodel import (
     DeviceMapError,
+    auto_device_map,
     check_device_map,
     convert_file_size_to_int,
+    cpu_offload,
     devices,
     dispatch_model,
     get_balanced_memory,
@@ -23,7 +26,8 @@ from tpdist.errors import SettingsError, TpdistError
 
 @pytest.fixture(autouse=True)
 def _two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(devices, "free_memory", lambda: {0: 1000, 1: 2000, "cpu": 3000})
+    monkeypatch.setattr(devices, "present_devices", lambda: [0, 1, "cpu"])
+    monkeypatch.setattr(devices, "free_memory", lambda among=None: {0: 1000, 1: 2000, "cpu": 3000})
 
 
 def model() -> nn.Sequential:
@@ -75,9 +79,9 @@ def test_whole_numbers_are_gpus() -> None:
     assert torch_device("cpu") == torch.device("cpu")
 
 
-def test_keys_that_name_nothing_are_reported(caplog: pytest.LogCaptureFixture) -> None:
-    check_device_map(model(), {"": "cpu", "layers.9": 0})
-    assert "layers.9" in caplog.text
+def test_keys_that_name_nothing_are_warned_of() -> None:
+    with pytest.warns(UserWarning, match=r"name nothing in Sequential: \['layers\.9'\]"):
+        check_device_map(model(), {"": "cpu", "layers.9": 0})
 
 
 def test_the_longest_key_decides() -> None:
@@ -110,10 +114,13 @@ def test_memory_is_what_is_free_unless_it_is_given() -> None:
         ({"disk": "auto"}, "max_memory of 'disk' is 'auto'"),
         ({True: 1}, "names True, which is no device"),
         ({-1: 1}, "names -1, which is no device"),
-        ({0: None}, "max_memory of 0 is None: give bytes as a whole number of 0 or more"),
+        ({0: None}, "max_memory of 0 is None: give bytes as a number of 0 or more"),
         ({0: -5}, "max_memory of 0 is -5: give bytes"),
         ({"cpu": True}, "max_memory of 'cpu' is True: give bytes"),
-        ({"cpu": 1.5}, "max_memory of 'cpu' is 1.5: give bytes"),
+        ({"cpu": -1.5}, "max_memory of 'cpu' is -1.5: give bytes"),
+        ({"cpu": float("nan")}, "max_memory of 'cpu' is nan: give bytes"),
+        ({"cpu": float("inf")}, "max_memory of 'cpu' is inf: give bytes"),
+        ({"cpu": "10XB"}, "max_memory of 'cpu' is '10XB': give bytes as .* a size such as '10GiB'"),
     ],
 )
 def test_memory_of_unknown_devices_and_no_sizes_are_errors(memory: dict[int | str, Any], message: str) -> None:
@@ -123,8 +130,23 @@ def test_memory_of_unknown_devices_and_no_sizes_are_errors(memory: dict[int | st
 
 @pytest.mark.parametrize("size", ["10", "GB", "-1GB", "1 TB", "x", "", "infGB", "nanGB", -3])
 def test_what_is_no_size_is_an_error(size: int | str) -> None:
-    with pytest.raises(ValueError, match="is no size: give bytes"):
+    with pytest.raises(DeviceMapError, match="is no size: give bytes"):
         convert_file_size_to_int(size)
+
+
+@pytest.mark.parametrize("plan", [infer_auto_device_map, auto_device_map, get_balanced_memory])
+def test_a_word_that_names_no_type_is_an_error(plan: Any) -> None:
+    with pytest.raises(DeviceMapError, match="'foo' is no type of tensors: use for example 'float16'"):
+        plan(model(), {0: 500}, dtype="foo")
+
+
+def test_any_number_of_bytes_is_taken() -> None:
+    """Accelerate's own balanced memory has floats."""
+    given: dict[int | str, Any] = {0: 500.7, 1: np.int64(3), "cpu": np.float32(1e9)}
+    memory = get_max_memory(given)
+    assert memory == {0: 500, 1: 3, "cpu": 10**9}
+    assert {type(size) for size in memory.values()} == {int}
+    assert infer_auto_device_map(model(), {0: 1e3}) == {"": 0}
 
 
 def test_memory_for_gpus_that_are_not_there_is_allowed_for_planning(caplog: pytest.LogCaptureFixture) -> None:
@@ -133,7 +155,7 @@ def test_memory_for_gpus_that_are_not_there_is_allowed_for_planning(caplog: pyte
 
 
 def test_a_single_gpu_keeps_a_tenth_free(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(devices, "free_memory", lambda: {0: 1000, "cpu": 3000})
+    monkeypatch.setattr(devices, "free_memory", lambda among=None: {0: 1000, "cpu": 3000})
     assert get_balanced_memory(model()) == {0: 900, "cpu": 3000}
     assert get_balanced_memory(model(), {0: 1000}) == {0: 1000}
 
@@ -155,3 +177,29 @@ def test_a_model_without_values_is_not_dispatched() -> None:
     empty.offset = torch.zeros(1)
     with pytest.raises(DeviceMapError, match=r"4 tensors on the disk that are in no file: 0\.weight"):
         dispatch_model(empty, {"": "disk"}, offload_dir="nowhere")
+
+
+def test_only_gpus_whose_memory_is_wanted_are_asked_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is asked makes a context for this process, which takes some hundred megabytes of it."""
+    monkeypatch.undo()
+    asked: list[int] = []
+
+    def mem_get_info(gpu: int) -> tuple[int, int]:
+        asked.append(gpu)
+        return 1000, 2000
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", mem_get_info)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda gpu: None)
+    assert get_max_memory({0: "1KB", "cpu": "1GB"}) == {0: 1000, "cpu": 10**9}
+    infer_auto_device_map(model(), {1: 10**6})
+    dispatch_model(model(), {"": "cpu"})
+    cpu_offload(model(), "cpu")
+    check_device_map(model(), {"": 3})
+    with pytest.raises(DeviceMapError, match="is 4, which is no device of this machine"):
+        check_device_map(model(), {"": 4})
+    assert asked == []
+    assert get_max_memory({0: 5, 2: "auto"}) == {0: 5, 2: 1000}
+    assert asked == [2]
+    assert set(get_max_memory()) == {0, 1, 2, 3, "cpu"}
+    assert asked == [2, 0, 1, 2, 3]

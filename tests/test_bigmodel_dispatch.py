@@ -30,6 +30,7 @@ from tpdist.bigmodel import (
     find_tied_parameters,
     load_checkpoint_and_dispatch,
     remove_hook_from_submodules,
+    set_module_tensor_to_device,
 )
 from tpdist.bigmodel.layout import Layout
 from tpdist.errors import CheckpointError, SettingsError, TpdistError
@@ -98,7 +99,7 @@ MAPS: list[dict[str, Any]] = [
 
 @pytest.fixture
 def _imagined_gpus(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(devices, "free_memory", lambda: {0: 10**9, 1: 10**9, 2: 10**9, "cpu": 10**9})
+    monkeypatch.setattr(devices, "present_devices", lambda: [0, 1, 2, "cpu"])
     with FakeTensorMode(), torch.no_grad():
         yield
 
@@ -201,6 +202,77 @@ def test_preload_classes_have_all_their_weights_from_the_start(tmp_path: Path) -
     cpu_offload(model, execution_device="cpu")
     with pytest.raises(RuntimeError):
         model(x)
+
+
+class Scaled(nn.Module):
+    """Runs another module, and uses its weight too."""
+
+    def __init__(self, inner: nn.Linear) -> None:
+        super().__init__()
+        self.inner = inner
+        self.scale = nn.Parameter(torch.rand(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.inner(x) * self.scale + self.inner.weight.sum()
+        return result
+
+
+class ScaledToo(Scaled):
+    """Another class of the same."""
+
+
+def sharing_model() -> nn.Sequential:
+    shared = nn.Linear(4, 4)
+    return nn.Sequential(Scaled(shared), ScaledToo(shared), shared, nn.Linear(4, 4))
+
+
+OFFLOADS: list[Any] = [
+    lambda model, folder, classes: disk_offload(model, folder, preload_module_classes=classes),
+    lambda model, folder, classes: cpu_offload(model, preload_module_classes=classes),
+    lambda model, folder, classes: dispatch_model(
+        model, {"0": "disk", "": "cpu"}, offload_dir=folder, preload_module_classes=classes
+    ),
+    lambda model, folder, classes: dispatch_model(
+        model, {"1": "disk", "": "cpu"}, offload_dir=folder, preload_module_classes=classes
+    ),
+]
+
+
+@pytest.mark.parametrize("offload", OFFLOADS)
+@pytest.mark.parametrize("classes", [["Scaled", "ScaledToo"], ["Sequential"], "Sequential", ["Sequential", "Linear"]])
+def test_preloaded_modules_may_share_modules_and_be_the_model_itself(
+    tmp_path: Path, offload: Any, classes: Any
+) -> None:
+    model, x = sharing_model(), torch.rand(2, 4)
+    alone = [model[0].inner, *(model[:2] if "Scaled" in classes else ())]
+    expected = [model(x), *(module(x) for module in alone)]
+    offload(model, tmp_path, classes)
+    for _ in range(2):
+        assert all(map(torch.equal, [model(x), *(module(x) for module in alone)], expected))
+    assert torch.equal(copy.deepcopy(model)(x), expected[0])
+    assert any(parameter.device.type == "meta" for parameter in model.parameters())
+    remove_hook_from_submodules(model)
+    assert torch.equal(model(x), expected[0])
+    assert model[0].inner is model[1].inner
+
+
+@pytest.mark.parametrize("classes", [["Scaled"], ["ScaledToo"], ["Linear"]])
+def test_a_preloaded_module_leaves_what_it_shares_as_others_find_it(tmp_path: Path, classes: Any) -> None:
+    shared = Preloaded()
+    model, x = nn.Sequential(Scaled(shared.inner), shared.inner, nn.Linear(4, 4)), torch.rand(2, 4)
+    model[0].forward = lambda x: model[0].inner(x) * model[0].scale
+    expected = model(x)
+    disk_offload(model, tmp_path, preload_module_classes=classes)
+    for _ in range(2):
+        assert torch.equal(model(x), expected)
+
+
+def test_a_tensor_that_was_put_into_an_offloaded_module_is_what_runs(tmp_path: Path) -> None:
+    model = disk_offload(nn.Sequential(nn.Linear(2, 2)), tmp_path)
+    set_module_tensor_to_device(model, "0.bias", "cpu", torch.full((2,), 7.0))
+    for _ in range(2):
+        assert model(torch.zeros(1, 2)).tolist() == [[7.0, 7.0]]
+    assert model[0].weight.device.type == "meta"
 
 
 def test_a_module_that_is_used_twice_has_one_hook() -> None:
@@ -461,6 +533,18 @@ def test_threads_that_run_one_model_take_turns(tmp_path: Path) -> None:
                 assert all(torch.equal(result, expected) for result in found)
 
 
+def test_threads_take_turns_at_what_preloaded_modules_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(align, "TURN_S", 0.05)
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), torch.rand(1, 4)
+    expected = model[0](x)
+    cpu_offload(model, preload_module_classes=["Sequential"])
+    with align_module_device(model), ThreadPoolExecutor(1) as executor:
+        with pytest.raises(TpdistError, match="Linear is offloaded, and another thread has been running it"):
+            executor.submit(model[0], x).result()
+        assert torch.equal(model[0](x), expected)
+    assert torch.equal(model[0](x), expected)
+
+
 def test_a_thread_that_waits_too_long_says_for_what(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(align, "TURN_S", 0.05)
     model = cpu_offload(Model())
@@ -477,6 +561,23 @@ def test_a_thread_that_waits_too_long_says_for_what(monkeypatch: pytest.MonkeyPa
 def test_a_model_without_parameters_is_offloaded(tmp_path: Path) -> None:
     assert cpu_offload(nn.ReLU())(torch.ones(1)) == 1
     assert disk_offload(nn.ReLU(), tmp_path)(torch.ones(1)) == 1
+
+
+def test_whole_numbers_of_a_state_dict_become_the_type_of_the_model() -> None:
+    model = cpu_offload(nn.Linear(2, 2, bias=False), state_dict={"weight": torch.tensor([[1, 2], [3, 4]])})
+    assert model(torch.ones(1, 2)).tolist() == [[3.0, 7.0]]
+    remove_hook_from_submodules(model)
+    assert model.weight.dtype == torch.float32
+    assert model.weight.requires_grad
+
+
+def test_a_type_that_no_file_can_hold_is_an_error(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(2, 2))
+    model[0].phase = nn.Parameter(torch.ones(2, dtype=torch.complex128))
+    with pytest.raises(CheckpointError, match=r"tensor 0\.phase has dtype torch\.complex128, which .* cannot hold"):
+        disk_offload(model, tmp_path)
+    assert model[0].phase.dtype == torch.complex128
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_state_dict_of_another_model_is_an_error() -> None:
@@ -536,6 +637,22 @@ def test_the_main_device_can_be_chosen() -> None:
         dispatch_model(Model(), device_map, main_device="disk")
     with pytest.raises(DeviceMapError, match="main_device is 5, which is no device"):
         dispatch_model(Model(), device_map, main_device=5)
+
+
+@pytest.mark.usefixtures("_imagined_gpus")
+def test_preloaded_modules_run_where_they_were_brought_and_the_rest_where_it_is() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), nn.Linear(4, 4))
+    seen: list[torch.device] = []
+    for layer in (model[0], model[1][0], model[1][1], model[2]):
+        layer.register_forward_hook(lambda module, args, out: seen.append(out.device))
+    device_map: dict[str, Any] = {"0": 0, "1": 1, "1.0": "cpu", "2": "cpu"}
+    dispatch_model(model, device_map, preload_module_classes=["Sequential"])
+    gpus = [torch.device("cuda", gpu) for gpu in range(2)]
+    assert model(torch.zeros(1, 4)).device.type == "cpu"
+    assert seen == [gpus[0], gpus[0], gpus[1], gpus[0]]
+    seen.clear()
+    assert model[1](torch.zeros(1, 4, device=gpus[1])).device == gpus[1]
+    assert seen == [gpus[1], gpus[1]]
 
 
 @pytest.mark.usefixtures("_imagined_gpus")

@@ -29,6 +29,8 @@ from tpdist.bigmodel import (
 )
 from tpdist.bigmodel.empty import _MovedParameters
 
+pytestmark = pytest.mark.filterwarnings("ignore:buffers of offloaded layers")
+
 
 def linear(size: int = 4) -> nn.Linear:
     return nn.Linear(size, size, bias=False, device="meta")

@@ -2,11 +2,13 @@
 
 import json
 import logging
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate.utils import modeling as reference
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -133,10 +135,120 @@ def test_floats_become_the_wanted_type_and_nothing_else_does(
     assert torch.allclose(out.float(), reference.to(expected)(torch.tensor([1, 2])).float())
 
 
+class Counting(nn.Module):
+    """Says which types it has while it runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin = nn.Linear(2, 2, bias=False)
+        self.register_buffer("mask", torch.ones(2, dtype=torch.bool))
+        self.register_buffer("count", torch.zeros(1, dtype=torch.int64))
+        self.register_buffer("scale", torch.ones(2))
+
+    def forward(self, x: Tensor) -> dict[str, torch.dtype]:
+        return {name: tensor.dtype for name, tensor in (*self.named_parameters(), *self.named_buffers())}
+
+
+@pytest.mark.parametrize("in_memory", [False, True])
+def test_the_types_of_a_model_do_not_depend_on_where_it_is(tmp_path: Path, in_memory: bool) -> None:
+    stored = {"lin.weight": torch.arange(4, dtype=torch.int32).view(2, 2), "mask": torch.tensor([1, 0]).byte()}
+    stored |= {"count": torch.tensor([5], dtype=torch.int32), "scale": torch.tensor([2, 3])}
+    save_file(stored, tmp_path / "model.safetensors")
+    own = {"lin.weight": torch.float32, "mask": torch.bool, "count": torch.int64, "scale": torch.float32}
+    whole = {name: tensor.dtype for name, tensor in stored.items()}
+    for dtype, expected in ((None, own), (torch.float16, whole)):
+        for device_map in ({"": "cpu"}, {"": "disk"}):
+            with init_empty_weights(include_buffers=not in_memory):
+                model = Counting()
+            load_checkpoint_and_dispatch(
+                model, tmp_path, device_map, dtype=dtype, offload_buffers=True, preload_module_classes=["Counting"]
+            )
+            assert model(torch.zeros(1)) == expected, (dtype, device_map)
+            remove_hook_from_submodules(model)
+            assert model.mask.tolist() == [1, 0]
+            assert model(torch.zeros(1)) == expected, (dtype, device_map)
+
+
+@pytest.mark.parametrize("device_map", MAPS)
+def test_buffers_that_no_state_dict_holds_are_not_read(
+    tmp_path: Path, device_map: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder, values = stored(tmp_path)
+    for given in (torch.full((2,), 7.0), torch.ones(9)):
+        save_file(values | {"temporary": given}, folder / "model.safetensors")
+        for offload_buffers in (False, True):
+            caplog.clear()
+            model = load_checkpoint_and_dispatch(
+                empty(), folder, device_map, offload_buffers=offload_buffers, dtype="float16"
+            )
+            assert "1 tensors of the checkpoint are not in the model: temporary" in caplog.text
+            assert model.temporary.tolist() == [0.5, 0.5]
+            assert model.temporary.dtype == torch.float32
+            assert model(torch.tensor([1, 2])).shape == (2, 6)
+            with pytest.raises(RuntimeError, match="are not in the model: temporary"):
+                load_checkpoint_in_model(empty(), folder, device_map, strict=True)
+
+
+@pytest.mark.parametrize("device_map", [None, {"": "cpu"}, {"": "disk"}, {"1": "disk", "": "cpu"}])
+@pytest.mark.parametrize("offload_buffers", [False, True])
+def test_a_buffer_that_state_dicts_hold_under_one_of_its_names_is_read(
+    tmp_path: Path, device_map: Any, offload_buffers: bool
+) -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    model[0].register_buffer("scale", torch.zeros(2), persistent=False)
+    model[1].register_buffer("scale", model[0].scale)
+    values = model.state_dict() | {"1.scale": torch.tensor([3.0, 4.0])}
+    assert "0.scale" not in values
+    save_file(values, tmp_path / "model.safetensors")
+    load_checkpoint_and_dispatch(model, tmp_path, device_map, offload_buffers=offload_buffers, strict=True)
+    remove_hook_from_submodules(model)
+    assert model[0].scale.tolist() == model[1].scale.tolist() == [3.0, 4.0]
+
+
+@pytest.mark.parametrize("device_map", [{"0": "disk", "1": "cpu"}, {"0": "disk", "1": "disk"}])
+@pytest.mark.parametrize("names", ["ab", "ba"])
+def test_a_checkpoint_may_be_loaded_in_two_calls(tmp_path: Path, device_map: Any, names: str) -> None:
+    expected = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    values = expected.state_dict()
+    for name, start in (("a", "0."), ("b", "1.")):
+        save_file({key: values[key] for key in values if key.startswith(start)}, tmp_path / f"{name}.safetensors")
+    with init_empty_weights():
+        model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    for name in names:
+        load_checkpoint_in_model(model, tmp_path / f"{name}.safetensors", device_map)
+    dispatch_model(model, device_map)
+    assert torch.equal(model(torch.ones(1, 2)), expected(torch.ones(1, 2)))
+
+
+def test_what_was_loaded_into_memory_is_on_the_disk_no_more(tmp_path: Path) -> None:
+    folder, values = stored(tmp_path)
+    model = empty()
+    load_checkpoint_in_model(model, folder, {"": "disk"})
+    load_checkpoint_in_model(model, folder, {"words": "cpu", "": "disk"})
+    assert torch.equal(model.words.weight, values["words.weight"])
+    with torch.no_grad():
+        model.words.weight.zero_()
+    with pytest.raises(DeviceMapError, match=r"1 tensors on the disk that are in memory: words\.weight"):
+        dispatch_model(model, {"": "disk"})
+    dispatch_model(model, {"": "disk"}, offload_dir=tmp_path / "new")
+    assert not model.words(torch.tensor([1])).any()
+
+
+def test_a_tie_that_is_written_again_is_not_taken_from_the_checkpoint(tmp_path: Path) -> None:
+    folder, _ = stored(tmp_path, without="out.weight")
+    model = load_checkpoint_and_dispatch(empty(tied=True), folder, {"": "disk"})
+    remove_hook_from_submodules(model)
+    with torch.no_grad():
+        model.words.weight.mul_(3)
+    expected = model(torch.tensor([1, 2]))
+    dispatch_model(model, {"": "disk"}, offload_dir=tmp_path / "new")
+    assert torch.equal(model(torch.tensor([1, 2])), expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.int8, "int64", torch.bool])
 def test_weights_do_not_become_whole_numbers(tmp_path: Path, dtype: Any) -> None:
     folder, _ = stored(tmp_path)
-    with pytest.raises(ValueError, match=r"dtype torch\.\w+ cannot hold weights: use a floating type"):
+    with pytest.raises(DeviceMapError, match=r"dtype torch\.\w+ cannot hold weights: use a floating type"):
         load_checkpoint_and_dispatch(empty(), folder, device_map={"": "cpu"}, dtype=dtype)
 
 
@@ -149,6 +261,19 @@ def test_some_modules_may_stay_in_float32(tmp_path: Path) -> None:
     model = empty()
     load_checkpoint_in_model(model, folder, {"": "cpu"}, dtype="bfloat16", keep_in_fp32_modules=["norm"])
     assert model.norm.weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("kept", ["norm", "layernorm.weight", "layernorm", "inner.norm", "orm", "lin.w", "nor"])
+def test_modules_stay_in_float32_by_accelerates_rule(tmp_path: Path, kept: str) -> None:
+    def model() -> nn.ModuleDict:
+        inner = nn.ModuleDict({"layernorm": nn.LayerNorm(2), "norm": nn.LayerNorm(2)})
+        return nn.ModuleDict({"layernorm": nn.LayerNorm(2), "lin": nn.Linear(2, 2), "inner": inner})
+
+    save_file(model().state_dict(), tmp_path / "model.safetensors", metadata={"format": "pt"})
+    ours, theirs = model(), model()
+    for each, load in ((ours, load_checkpoint_in_model), (theirs, reference.load_checkpoint_in_model)):
+        load(each, str(tmp_path), device_map={"": "cpu"}, dtype=torch.float16, keep_in_fp32_modules=[kept])
+    assert [parameter.dtype for parameter in ours.parameters()] == [each.dtype for each in theirs.parameters()]
 
 
 @pytest.mark.parametrize("device_map", [*MAPS[:3], {"words": "disk", "": "cpu"}, {"out": "disk", "": "cpu"}])
@@ -263,6 +388,32 @@ def test_other_shapes_are_an_error(tmp_path: Path) -> None:
         load_checkpoint_in_model(empty(), folder)
 
 
+def test_checkpoints_that_cannot_be_loaded_are_errors_of_both_worlds(tmp_path: Path) -> None:
+    """Accelerate raises ValueErrors, and RuntimeErrors where torch compares names and shapes."""
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "two").mkdir()
+    for name in "ab":
+        (tmp_path / "two" / f"{name}.index.json").write_text('{"weight_map": {}}')
+    folder, values = stored(tmp_path)
+    save_file(values | {"norm.bias": torch.ones(5)}, folder / "model.safetensors")
+    save_file({"norm.bias": torch.ones(4)}, folder / "part.safetensors")
+    (tmp_path / "cut.safetensors").write_bytes(b"123")
+    for name, options in (
+        ("absent", {}),
+        ("empty", {}),
+        ("two", {}),
+        ("cut.safetensors", {}),
+        ("model.safetensors", {}),
+        ("part.safetensors", {"strict": True}),
+    ):
+        for error in (CheckpointError, ValueError, RuntimeError):
+            for device_map in (None, {"": "cpu"}):
+                with pytest.raises(error):
+                    load_checkpoint_and_dispatch(empty(), tmp_path / name, device_map, **options)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="does not exist"):
+        load_checkpoint_and_dispatch(empty(), tmp_path / "absent", "auto")
+
+
 def test_pickles_are_refused(tmp_path: Path) -> None:
     (tmp_path / "pytorch_model.bin").touch()
     for checkpoint in (tmp_path, tmp_path / "pytorch_model.bin"):
@@ -297,7 +448,7 @@ def test_sharded_checkpoints_are_read_through_their_index(tmp_path: Path) -> Non
 
 @pytest.fixture
 def _three_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(devices, "free_memory", lambda: {0: 10**6, 1: 10**6, 2: 10**6, "cpu": 10**6})
+    monkeypatch.setattr(devices, "present_devices", lambda: [0, 1, 2, "cpu"])
 
 
 def layers(count: int) -> nn.Sequential:
@@ -323,12 +474,12 @@ def test_words_stand_for_maps() -> None:
 
 
 @pytest.mark.usefixtures("_three_gpus")
-def test_buffers_without_room_are_said_once_and_of_the_map_that_is_used(caplog: pytest.LogCaptureFixture) -> None:
+def test_buffers_without_room_are_said_once_and_of_the_map_that_is_used() -> None:
     model = nn.Sequential(nn.Linear(4, 4, bias=False), *(nn.BatchNorm1d(32) for _ in range(3)))
     for offload_buffers, count in ((False, 1), (True, 0)):
-        caplog.clear()
-        named_device_map(model, "auto", {0: 600, "cpu": 4000}, [], None, offload_buffers)
-        assert caplog.text.count("buffers of offloaded layers take") == count
+        with warnings.catch_warnings(record=True, action="always") as said:
+            named_device_map(model, "auto", {0: 600, "cpu": 4000}, [], None, offload_buffers)
+        assert [str(each.message)[:32] for each in said] == ["buffers of offloaded layers take"] * count
 
 
 @pytest.mark.usefixtures("_three_gpus")

@@ -27,7 +27,7 @@ from tpdist.bigmodel import (
     infer_auto_device_map,
 )
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:buffers of offloaded layers")]
 
 NUM_CASES = 400
 

@@ -106,6 +106,14 @@ def test_a_missing_file_and_a_folder_are_errors(tmp_path: Path) -> None:
         write_tensors(tmp_path / "file" / "x.safetensors", {})
 
 
+def test_a_type_that_the_format_has_no_word_for_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(
+        CheckpointError, match=r"tensor b has dtype torch\.complex128, which .*x\.safetensors cannot hold"
+    ):
+        write_tensors(tmp_path / "x.safetensors", {"a": torch.ones(1), "b": torch.zeros(2, dtype=torch.complex128)})
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_folder_a_file_and_an_index_are_checkpoints(tmp_path: Path) -> None:
     weight_map = shards(tmp_path)
     assert list(find_tensors(tmp_path / "two.safetensors").tensors) == ["b"]

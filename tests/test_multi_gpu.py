@@ -228,9 +228,7 @@ def test_a_device_beside_a_map_is_an_error(device_map: Any, device: Any) -> None
 
 @pytest.mark.parametrize("target", ["cpu", "disk", "meta", "CPU", "Disk"])
 def test_a_map_that_offloads_is_an_error_that_names_the_entry(target: str) -> None:
-    with pytest.raises(
-        ValueError, match=rf"device_map\['lm_head'\] is '{target}', which is not supported: "
-    ):
+    with pytest.raises(ValueError, match=rf"device_map\['lm_head'\] is '{target}', which is not supported: "):
         resolve_device_map(None, {"model": 0, "lm_head": target}, None)
 
 

@@ -9,8 +9,7 @@ from torch import Tensor, nn
 from tpdist.bigmodel.align import AlignDevicesHook, Slot, like, slots
 from tpdist.bigmodel.device_map import NUM_SHOWN, Placed
 from tpdist.bigmodel.devices import DeviceMapError, torch_device
-from tpdist.bigmodel.sizes import Dtype, as_dtype
-from tpdist.bigmodel.sources import cast
+from tpdist.bigmodel.sizes import Dtype, as_dtype, is_cast
 
 
 def set_module_tensor_to_device(
@@ -35,7 +34,10 @@ def set_module_tensor_to_device(
     if value is not None and value.shape != old.shape:
         raise DeviceMapError(f"the value for {tensor_name} has shape {list(value.shape)}, it has {list(old.shape)}")
     values = old if value is None else value
-    values = cast(values, as_dtype(dtype)) if dtype is not None else values.to(old.dtype)
+    if dtype is None:
+        values = values.to(old.dtype)
+    elif is_cast(values.dtype):
+        values = values.to(as_dtype(dtype))
     slot.put(like(values.detach().to(target, non_blocking=non_blocking), old))
 
 

@@ -4,7 +4,7 @@ import copy
 import os
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tpdist.bigmodel.hooks import ModelHook, SequentialHook
 from tpdist.bigmodel.move import find_device, send_to_device
-from tpdist.bigmodel.sources import Source, cast
+from tpdist.bigmodel.sources import Source
 from tpdist.errors import TpdistError
 
 # How long a thread waits for another that runs the same offloaded module.
@@ -30,6 +30,11 @@ class Slot:
     @property
     def is_buffer(self) -> bool:
         return self.leaf in self.owner._buffers
+
+    @property
+    def is_stored(self) -> bool:
+        """Whether state dicts hold it: not if it is a non-persistent buffer."""
+        return self.leaf not in self.owner._non_persistent_buffers_set
 
     @property
     def tensor(self) -> Tensor:
@@ -94,32 +99,40 @@ class Offloaded:
     @property
     def is_away(self) -> bool:
         """Whether the placeholder stands there now: not while the module runs, nor once a user has put a tensor."""
+        return self.standing is self.placeholder
+
+    @property
+    def standing(self) -> Tensor | None:
+        """What is at the place now; None if a user has deleted it."""
         found = self.slot.owner._buffers if self.slot.is_buffer else self.slot.owner._parameters
-        return found.get(self.slot.leaf) is self.placeholder
+        return found.get(self.slot.leaf)
 
     @torch.inference_mode(False)
     def restored(self, device: torch.device) -> Tensor:
         """The tensor that was there before, or else one on `device` with memory of its own."""
         if self.parked.memory is not None:
             return self.parked.memory
-        values = cast(self.source.fetch([self.slot.name])[self.slot.name].detach(), self.placeholder.dtype)
-        return like(values.to(device, copy=True), self.placeholder)
+        values = self.source.fetch([self.slot.name])[self.slot.name].detach()
+        return like(values.to(self.placeholder.dtype).to(device, copy=True), self.placeholder)
 
 
 @dataclass
 class _Call:
-    """One thread's forward of a module, that may call itself: `turn` is the lock that it holds."""
+    """One thread's forward of a module, that may call itself: `turn` is the lock that it holds, `loaded` has the places
+    that it brought tensors to, and what stood there."""
 
     depth: int = 0
     input_device: torch.device | None = None
     turn: Any = None
+    loaded: list[tuple[Slot, Tensor]] = field(default_factory=list)
 
 
-class _Turns:
-    """Whose turn it is among threads. Copies, pickles and forked processes start with nobody's."""
+class Turns:
+    """Whose turn it is among threads; a thread that has it may take it again. Copies, pickles and forked processes
+    start with nobody's."""
 
     def __init__(self) -> None:
-        self._lock, self._pid = threading.Lock(), os.getpid()
+        self._lock, self._pid = threading.RLock(), os.getpid()
 
     def take(self, module: nn.Module) -> Any:
         """Wait until no other thread has the turn; what is returned must be released."""
@@ -133,15 +146,16 @@ class _Turns:
             )
         return lock
 
-    def __reduce__(self) -> tuple[type["_Turns"], tuple[()]]:
-        return _Turns, ()
+    def __reduce__(self) -> tuple[type["Turns"], tuple[()]]:
+        return Turns, ()
 
 
 class AlignDevicesHook(ModelHook):
     """Moves inputs to `execution_device`, and what is offloaded too while the module runs.
 
-    With `io_same_device`, the output goes back to where the input was. A module that calls itself keeps what it has.
-    Threads that run one module take turns if anything of it is offloaded.
+    With `io_same_device`, the output goes back to where the input was. A module that calls itself keeps what it has,
+    and one that runs in a module that has brought its tensors already (a preloaded one) runs where they are. Threads
+    that run one module take turns if anything of it is offloaded; hooks that offload the same must share `turns`.
     """
 
     def __init__(
@@ -150,13 +164,14 @@ class AlignDevicesHook(ModelHook):
         offloaded: Sequence[Offloaded] = (),
         io_same_device: bool = False,
         skip_keys: str | Sequence[str] | None = None,
+        turns: Turns | None = None,
     ) -> None:
         self.execution_device = execution_device
         self.io_same_device = io_same_device
         self.skip_keys = skip_keys
         self.offloaded = tuple(offloaded)
         self._calls: dict[int, _Call] = {}
-        self._turns = _Turns()
+        self._turns = Turns() if turns is None else turns
 
     @property
     def offload(self) -> bool:
@@ -169,13 +184,11 @@ class AlignDevicesHook(ModelHook):
             call.input_device = find_device((args, kwargs))
         if call.depth == 1 and self.offloaded:
             call.turn = self._turns.take(module)
-            self._load()
-        if self.execution_device is None:
+            self._load(call)
+        device = self._device(call)
+        if device is None:
             return args, kwargs
-        return (
-            send_to_device(args, self.execution_device, self.skip_keys),
-            send_to_device(kwargs, self.execution_device, self.skip_keys),
-        )
+        return send_to_device(args, device, self.skip_keys), send_to_device(kwargs, device, self.skip_keys)
 
     def post_forward(self, module: nn.Module, output: Any) -> Any:
         call = self._calls.get(threading.get_ident())
@@ -192,8 +205,9 @@ class AlignDevicesHook(ModelHook):
             return
         del self._calls[threading.get_ident()]
         if call.turn is not None:
-            for item in self.offloaded:
-                item.slot.put(item.placeholder)
+            # What was brought back for good meanwhile, since the hook was removed, stays.
+            for slot, stood in call.loaded if self.offloaded else ():
+                slot.put(stood)
             call.turn.release()
 
     def detach_hook(self, module: nn.Module) -> nn.Module:
@@ -214,17 +228,26 @@ class AlignDevicesHook(ModelHook):
         """Offload nothing any more, and leave the placeholders where they are."""
         self.offloaded = ()
 
-    def _load(self) -> None:
-        by_source: dict[int, list[Offloaded]] = {}
+    def _device(self, call: _Call) -> torch.device | None:
+        if self.execution_device is None or not self.offloaded or call.loaded:
+            return self.execution_device
+        there = self.offloaded[0].standing
+        return self.execution_device if there is None else there.device
+
+    def _load(self, call: _Call) -> None:
+        by_source: dict[int, list[tuple[Offloaded, Tensor]]] = {}
         for item in self.offloaded:
-            by_source.setdefault(id(item.source), []).append(item)
+            stands = item.standing
+            if stands is not None and stands.device.type == "meta":
+                by_source.setdefault(id(item.source), []).append((item, stands))
         for items in by_source.values():
-            values = items[0].source.fetch([item.slot.name for item in items])
-            for item in items:
+            values = items[0][0].source.fetch([item.slot.name for item, _ in items])
+            for item, stands in items:
+                call.loaded.append((item.slot, stands))
                 item.slot.put(like(self._moved(values[item.slot.name], item.placeholder), item.placeholder))
 
     def _moved(self, values: Tensor, placeholder: Tensor) -> Tensor:
-        values = cast(values, placeholder.dtype)
+        values = values.to(placeholder.dtype)
         # Asynchronous only from pinned memory, whose owner keeps it until the copy is done.
         return values if self.execution_device is None else values.to(self.execution_device, non_blocking=True)
 

@@ -18,14 +18,13 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from tpdist.bigmodel.device_map import clean_device_map
+from tpdist.bigmodel.device_map import add_second_names, clean_device_map
 from tpdist.bigmodel.devices import Device, MaxMemory
 from tpdist.bigmodel.greedy import warn_of_buffers
 from tpdist.bigmodel.memory import get_max_memory
 from tpdist.bigmodel.search import Piece, place_in_best_order
 from tpdist.bigmodel.sizes import (
     Dtype,
-    Part,
     as_dtype,
     class_names,
     direct_parts,
@@ -49,7 +48,7 @@ class _Unit:
 
 def auto_device_map(
     model: nn.Module,
-    max_memory: Mapping[Device, int | str] | None = None,
+    max_memory: Mapping[Device, float | str] | None = None,
     no_split_module_classes: str | Iterable[str] | None = None,
     dtype: Dtype | None = None,
     special_dtypes: Mapping[str, Dtype] | None = None,
@@ -63,7 +62,7 @@ def auto_device_map(
     Without `no_split_module_classes`, those of the model's `_no_split_modules`. `fallback_allocation` changes nothing:
     the search already considers all placements in contiguous pieces. The map is in the order of the model. Buffers
     count with their modules, although those of offloaded modules stay on the main device without `offload_buffers`: a
-    line in the log says so if no GPU has room for them.
+    warning says so if no GPU has room for them.
     """
     return best_device_map(
         model,
@@ -100,6 +99,7 @@ def best_device_map(
         for unit, device in zip(units, placed, strict=True):
             print(f"{', '.join(unit.names)} ({unit.num_bytes} bytes) goes to {device}")
     where = {name: device for unit, device in zip(units, placed, strict=True) for name in unit.names}
+    add_second_names(model, where)
     device_map = {name: where[name] for name in _in_model_order(model, where)}
     cleaned = clean_device_map(device_map) if clean_result else device_map
     return {name: cleaned[name] for name in _in_model_order(model, cleaned)}
@@ -249,11 +249,12 @@ def _common_modules(unit: _Unit, other: _Unit) -> int:
 
 
 def _in_model_order(model: nn.Module, names: Mapping[str, Device]) -> Iterable[str]:
-    root: list[Part] = [("", model)]
-    pending = root if "" in names else direct_parts("", model)[::-1]
+    pending: list[tuple[str, object]] = [("", model)]
     while pending:
         name, part = pending.pop()
         if name in names:
             yield name
         elif isinstance(part, nn.Module):
-            pending += direct_parts(name, part)[::-1]
+            # Not direct_parts, which has what stands twice once.
+            parts = {**part._parameters, **part._modules, **part._buffers}
+            pending += [(f"{name}.{leaf}" if name else leaf, parts[leaf]) for leaf in reversed(parts)]

@@ -1,16 +1,15 @@
 """Maps of module names to devices: looking names up, checking a map against a model, and writing it shortly."""
 
-import logging
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import pairwise
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tpdist.bigmodel.devices import Device, DeviceMapError, check_devices
 from tpdist.bigmodel.sizes import prefixes
 
-log = logging.getLogger(__name__)
 Placed = Device | torch.device
 NUM_SHOWN = 5
 
@@ -31,11 +30,11 @@ def device_of(name: str, device_map: Mapping[str, Placed]) -> Placed:
 def check_device_map(model: nn.Module, device_map: Mapping[str, Placed]) -> None:
     """Raise DeviceMapError unless every device exists and every parameter and buffer has one; the first are named.
 
-    Keys that name nothing in the model are reported in the log.
+    A buffer that no state dict holds needs one only under the first name of its module. Warns of keys that name nothing
+    in the model.
     """
     check_devices({f"the device of {key!r} in the device map": device for key, device in device_map.items()})
-    every_name = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    tensors = [name for name, _ in every_name]
+    tensors = [*(name for name, _ in model.named_parameters(remove_duplicate=False)), *_buffer_names(model)]
     left_out = [name for name in tensors if key_of(name, device_map) is None]
     if left_out:
         raise DeviceMapError(
@@ -45,7 +44,41 @@ def check_device_map(model: nn.Module, device_map: Mapping[str, Placed]) -> None
         )
     known = {name for name, _ in model.named_modules(remove_duplicate=False)} | set(tensors)
     if unknown := [key for key in device_map if key not in known]:
-        log.warning("keys of the device map that name nothing in %s: %s", type(model).__name__, unknown[:NUM_SHOWN])
+        text = f"keys of the device map that name nothing in {type(model).__name__}: {unknown[:NUM_SHOWN]}"
+        warnings.warn(text, UserWarning, stacklevel=2)
+
+
+def _buffer_names(model: nn.Module) -> Iterator[str]:
+    seen: set[int] = set()
+    for path, module in model.named_modules(remove_duplicate=False):
+        left_out = module._non_persistent_buffers_set if id(module) in seen else ()
+        seen.add(id(module))
+        for leaf, buffer in module._buffers.items():
+            if buffer is not None and leaf not in left_out:
+                yield f"{path}.{leaf}" if path else leaf
+
+
+def add_second_names(model: nn.Module, device_map: dict[str, Device]) -> None:
+    """Give what stands twice in one module the device of its first name under the others too, which a planner that goes
+    from child to child never sees. Only what check_device_map wants gets one."""
+    first_names: dict[int, str] = {}
+    for name, part in _every_name(model):
+        first = first_names.setdefault(id(part), name)
+        key = key_of(first, device_map)
+        if key is not None and key_of(name, device_map) is None:
+            device_map[name] = device_map[key]
+
+
+def _every_name(model: nn.Module) -> Iterator[tuple[str, nn.Module | Tensor]]:
+    """Modules that hold something that a map must place, each before its own tensors, under all their names."""
+    wanted = {*(name for name, _ in model.named_parameters(remove_duplicate=False)), *_buffer_names(model)}
+    around = {prefix for name in wanted for prefix in prefixes(name)}
+    for path, module in model.named_modules(remove_duplicate=False):
+        own = {**module._modules, **module._parameters, **module._buffers}
+        for leaf, part in own.items():
+            name = f"{path}.{leaf}" if path else leaf
+            if part is not None and name in around:
+                yield name, part
 
 
 def clean_device_map(device_map: Mapping[str, Device]) -> dict[str, Device]:

@@ -1,6 +1,9 @@
-"""Which devices this process has, and what a device of a map means to torch. Tests replace `free_memory`."""
+"""Which devices this process has, and what a device of a map means to torch.
 
-from collections.abc import Mapping
+Tests replace `present_devices` and `free_memory`, which alone look at the machine.
+"""
+
+from collections.abc import Container, Mapping
 
 import psutil
 import torch
@@ -12,14 +15,22 @@ MaxMemory = dict[Device, int]
 
 
 class DeviceMapError(SettingsError, ValueError):
-    """A device map, or the memory for one, that cannot be used; a ValueError too, as Accelerate raises."""
+    """A device map, or the memory or type for one, that cannot be used; a ValueError too, as Accelerate raises."""
 
 
-def free_memory() -> MaxMemory:
-    """Free bytes of every device: GPUs by number, then "mps" or "cpu". The one place that looks at the machine."""
+def present_devices() -> list[Device]:
+    """GPUs by number, then "mps", then "cpu". No GPU is asked for its free memory: that would take some hundred
+    megabytes of it, for a context."""
+    return [*range(torch.cuda.device_count()), *(["mps"] if torch.backends.mps.is_available() else []), "cpu"]
+
+
+def free_memory(among: Container[Device] | None = None) -> MaxMemory:
+    """Free bytes of every device, or of those `among` these: GPUs by number, then "mps" or "cpu"."""
     memory: MaxMemory = {}
     shares_host_memory = False
     for index in range(torch.cuda.device_count()):
+        if among is not None and index not in among:
+            continue
         try:
             memory[index] = torch.cuda.mem_get_info(index)[0]
             properties = torch.cuda.get_device_properties(index)
@@ -31,7 +42,7 @@ def free_memory() -> MaxMemory:
         memory["mps"] = available
     elif not shares_host_memory:  # memory that both use must not count twice
         memory["cpu"] = available
-    return memory
+    return memory if among is None else {device: size for device, size in memory.items() if device in among}
 
 
 def torch_device(device: Device | torch.device) -> torch.device:
@@ -51,7 +62,7 @@ def is_memory_or_disk(device: Device | torch.device) -> bool:
 
 def check_devices(devices: Mapping[str, object]) -> None:
     """Raise DeviceMapError unless each of these devices, by what they are for, exists here or is "disk"."""
-    present = free_memory()
+    present = present_devices()
     for what, device in devices.items():
         if device != "disk" and not _is_device(device, present):
             existing = dict.fromkeys([*present, "cpu", "disk"])
@@ -59,7 +70,7 @@ def check_devices(devices: Mapping[str, object]) -> None:
             raise DeviceMapError(f"{what} is {device!r}, which is no device of this machine; there are {shown}")
 
 
-def _is_device(device: object, present: Mapping[Device, int]) -> bool:
+def _is_device(device: object, present: Container[Device]) -> bool:
     if isinstance(device, bool) or not isinstance(device, int | str | torch.device):
         return False
     try:
@@ -68,7 +79,7 @@ def _is_device(device: object, present: Mapping[Device, int]) -> bool:
         return False
 
 
-def _exists(device: torch.device, present: Mapping[Device, int]) -> bool:
+def _exists(device: torch.device, present: Container[Device]) -> bool:
     if device.type == "cuda":
         return device.index in present
     return device.type == "cpu" or (device.type == "mps" and "mps" in present)

@@ -8,6 +8,8 @@ infer_auto_device_map gives the dict that Accelerate 1.15 gives, in its order, e
   the module's children.
 - Tied parameters that were placed before, or that stand alone after their module was split, end Accelerate with an
   IndexError; sizes with bools in them end its fallback allocation with an AttributeError.
+- What stands twice in one module ends it with an IndexError too, or has a device under its first name only, which
+  check_device_map refuses. Here the other names follow, on the device of the first.
 - Accelerate's order of modules that are joined again (clean_result) and of tied groups is that of a Python set, another
   one in every process. Here both come in the order of the model.
 
@@ -15,12 +17,13 @@ auto.py has the planner that is exact.
 """
 
 import logging
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from tpdist.bigmodel.device_map import clean_device_map
+from tpdist.bigmodel.device_map import add_second_names, clean_device_map
 from tpdist.bigmodel.devices import Device, MaxMemory
 from tpdist.bigmodel.memory import get_max_memory
 from tpdist.bigmodel.sizes import (
@@ -40,7 +43,7 @@ log = logging.getLogger(__name__)
 
 def infer_auto_device_map(
     model: nn.Module,
-    max_memory: Mapping[Device, int | str] | None = None,
+    max_memory: Mapping[Device, float | str] | None = None,
     no_split_module_classes: str | Iterable[str] | None = None,
     dtype: Dtype | None = None,
     special_dtypes: Mapping[str, Dtype] | None = None,
@@ -61,6 +64,7 @@ def infer_auto_device_map(
     sizes = compute_module_sizes(model, dtype=dtype, special_dtypes=special_dtypes)
     walk = _Walk(model, memory, sizes, class_names(no_split_module_classes), tied, verbose, fallback_allocation)
     walk.run()
+    add_second_names(model, walk.device_map)
     if not offload_buffers:
         buffers = {
             device: sum(compute_module_total_buffer_size(part, dtype, special_dtypes) for part in parts)
@@ -245,6 +249,5 @@ def warn_of_buffers(memory: MaxMemory, used: Mapping[Device, int], buffers: Mapp
     needed = buffers.get("cpu", 0) + buffers.get("disk", 0)
     gpus = [device for device in memory if device not in ("cpu", "disk")]
     if needed and gpus and all(memory[gpu] < needed + used.get(gpu, 0) for gpu in gpus):
-        log.warning(
-            "buffers of offloaded layers take %s bytes, more than any GPU has left: use offload_buffers=True", needed
-        )
+        text = f"buffers of offloaded layers take {needed} bytes, more than any GPU has left: use offload_buffers=True"
+        warnings.warn(text, UserWarning, stacklevel=3)

@@ -6,6 +6,7 @@ class that the model says is never split, or else a single module's own tensors.
 """
 
 import os
+from collections import Counter
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,14 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tpdist.bigmodel.align import AlignDevicesHook, Offloaded, Parked, Slot, like, offloaded_in, slots
+from tpdist.bigmodel.align import AlignDevicesHook, Offloaded, Parked, Slot, Turns, like, offloaded_in, slots
 from tpdist.bigmodel.auto import no_split_classes
 from tpdist.bigmodel.device_map import NUM_SHOWN, Placed, device_of, key_of
 from tpdist.bigmodel.devices import DeviceMapError, is_memory_or_disk, torch_device
 from tpdist.bigmodel.guard import guard_against_moves
 from tpdist.bigmodel.hooks import add_hook_to_module, remove_hook_from_submodules
 from tpdist.bigmodel.offload_files import OffloadIndex, disk_entries
-from tpdist.bigmodel.sizes import get_non_persistent_buffers
 from tpdist.bigmodel.sources import DiskSource, MemorySource, Source, StoredTensor, check_shape
 
 
@@ -43,7 +43,6 @@ class Layout:
 
     def __post_init__(self) -> None:
         self.offloads_cpu |= self.main.type not in ("cpu", "mps")
-        self.non_persistent = get_non_persistent_buffers(self.model, recurse=True, fqns=True)
         self.slots = list(slots(self.model))
         self.no_split = no_split_classes(self.model, None)
         self._hooks, self._held = offloaded_in(self.model)
@@ -106,9 +105,15 @@ class Layout:
     def _attach_hooks(self, skip_keys: str | Sequence[str] | None) -> None:
         if skip_keys is None:
             skip_keys = getattr(self.model, "_skip_keys_device_placement", None)
-        for name, module, items in self._hooked_modules():
+        hooked = list(self._hooked_modules())
+        num_hooks = Counter(_key(item.slot) for _, _, items in hooked for item in items)
+        # A module that is hooked in a preloaded one has its tensors from there: nobody may run it by itself meanwhile.
+        shared = Turns()
+        for name, module, items in hooked:
+            turns = shared if any(num_hooks[_key(item.slot)] > 1 for item in items) else Turns()
             device = self._module_device(name, module)
-            add_hook_to_module(module, AlignDevicesHook(device, items, io_same_device=not name, skip_keys=skip_keys))
+            hook = AlignDevicesHook(device, items, io_same_device=not name, skip_keys=skip_keys, turns=turns)
+            add_hook_to_module(module, hook)
 
     def _rest(self) -> list[Slot]:
         return [slot for slot in self.slots if not self._is_offloaded(slot)]
@@ -117,7 +122,7 @@ class Layout:
         device = self._device(slot)
         if device != "disk" and not (self.offloads_cpu and is_memory_or_disk(device)):
             return False
-        return not slot.is_buffer or (self.offload_buffers and slot.name not in self.non_persistent)
+        return not slot.is_buffer or (self.offload_buffers and slot.is_stored)
 
     def _device(self, slot: Slot) -> Placed:
         return device_of(slot.name, self.device_map)
@@ -136,16 +141,12 @@ class Layout:
 
     def _hooked_modules(self) -> Iterator[tuple[str, nn.Module, list[Offloaded]]]:
         """The modules that need a hook: the top, those with tensors of their own or in the map, with what is offloaded
-        of each. A module of a preload class takes all that is in it, and nothing below it has a hook."""
-        done: set[str] = set()
+        of each. A module of a preload class takes all that is in it too."""
+        offloaded = {_key(item.slot): item for item in self.offloaded.values()}
         for name, module in self.model.named_modules():
-            if any(name.startswith(above + ".") for above in done):
-                continue
-            whole = type(module).__name__ in self.preload
-            own = list(slots(module, prefix=name, recurse=whole))
-            items = [self.offloaded[slot.name] for slot in own if slot.name in self.offloaded]
-            if whole and items:
-                done.add(name)
+            own = list(slots(module, prefix=name, recurse=type(module).__name__ in self.preload))
+            # By place and not by name: a module that stands at several has the name of the first.
+            items = [offloaded[_key(slot)] for slot in own if _key(slot) in offloaded]
             if not name or own or name in self.device_map or _is_encoder(self.model, module):
                 yield name, module, items
 

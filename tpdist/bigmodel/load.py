@@ -19,11 +19,11 @@ from tpdist.bigmodel.greedy import infer_auto_device_map
 from tpdist.bigmodel.memory import get_balanced_memory, get_max_memory
 from tpdist.bigmodel.offload_files import remember_entries
 from tpdist.bigmodel.sizes import Dtype, as_dtype, is_cast
-from tpdist.bigmodel.sources import cast, check_shape
-from tpdist.bigmodel.tied import find_tied_parameters, is_within, report_ties, warn_if_not_tied
+from tpdist.bigmodel.sources import BadCheckpointError, check_shape
+from tpdist.bigmodel.tied import find_tied_parameters, report_ties, warn_if_not_tied
 from tpdist.checkpoint.header import TensorEntry
 from tpdist.checkpoint.index import CheckpointIndex
-from tpdist.checkpoint.tensors import TensorReader, find_tensors
+from tpdist.checkpoint.tensors import TensorReader, find_tensors, torch_dtype
 from tpdist.errors import CheckpointError, SettingsError
 
 log = logging.getLogger(__name__)
@@ -52,12 +52,14 @@ def load_checkpoint_in_model(
     and bools become nothing else. `keep_in_fp32_modules` counts with float16 only, as in Accelerate. Tensors are read
     one by one, so `offload_state_dict` changes nothing.
 
+    Buffers that no state dict holds keep their values, even if the checkpoint has some for them.
+
     Raises CheckpointError for a checkpoint that is missing, damaged, a pickle, or of other shapes, and, if `strict`,
     for one that does not hold exactly the tensors of the model; else those are named in the log.
     """
     if offload_8bit_bnb or not full_state_dict or broadcast_from_rank0:
         raise SettingsError("offload_8bit_bnb, full_state_dict=False and broadcast_from_rank0 are not supported")
-    index = find_tensors(Path(checkpoint))
+    index = _index_of(checkpoint)
     tied = find_tied_parameters(model)
     warn_if_not_tied(model, tied)
     if device_map is not None:
@@ -68,14 +70,14 @@ def load_checkpoint_in_model(
     kept = tuple(keep_in_fp32_modules or ()) if wanted == torch.float16 else ()
     loader = _Loader(device_map, wanted, kept, offload_buffers)
     loader.run(targets)
-    remember_entries(model, loader.left_on_disk)
+    remember_entries(model, loader.left_on_disk, loaded=loader.loaded)
 
 
 def load_checkpoint_and_dispatch(
     model: nn.Module,
     checkpoint: PathLike,
     device_map: str | Mapping[str, Placed] | None = None,
-    max_memory: Mapping[Device, int | str] | None = None,
+    max_memory: Mapping[Device, float | str] | None = None,
     no_split_module_classes: str | Sequence[str] | None = None,
     offload_folder: PathLike | None = None,
     offload_buffers: bool = False,
@@ -98,7 +100,7 @@ def load_checkpoint_and_dispatch(
     """
     check_prefetch_blocks(prefetch_blocks)
     if isinstance(device_map, str):
-        index = find_tensors(Path(checkpoint))
+        index = _index_of(checkpoint)
         no_split = no_split_classes(model, no_split_module_classes)
         wanted = loaded_dtype(index, dtype)
         device_map = named_device_map(model, device_map, max_memory, no_split, wanted, offload_buffers)
@@ -132,7 +134,7 @@ def load_checkpoint_and_dispatch(
 def named_device_map(
     model: nn.Module,
     name: str,
-    max_memory: Mapping[Device, int | str] | None,
+    max_memory: Mapping[Device, float | str] | None,
     no_split: Sequence[str],
     dtype: torch.dtype | None,
     offload_buffers: bool,
@@ -162,37 +164,48 @@ def _capped(balanced: MaxMemory) -> MaxMemory:
 
 
 def loaded_dtype(index: CheckpointIndex, dtype: Dtype | None) -> torch.dtype | None:
-    """The type that floats are loaded as; None for what the model has. Raises ValueError for a type of whole numbers,
-    which would cut the weights off."""
+    """The type that floats are loaded as; None for what the model has. Raises DeviceMapError for a type of whole
+    numbers, which would cut the weights off."""
     if dtype == "auto":
         return None if index.dtype is None else as_dtype(index.dtype)
     if dtype is None:
         return None
     wanted = as_dtype(dtype)
     if not wanted.is_floating_point:
-        raise ValueError(f"dtype {wanted} cannot hold weights: use a floating type, as torch.float16, or 'auto'")
+        raise DeviceMapError(f"dtype {wanted} cannot hold weights: use a floating type, as torch.float16, or 'auto'")
     return wanted
+
+
+def _index_of(checkpoint: PathLike) -> CheckpointIndex:
+    try:
+        return find_tensors(Path(checkpoint))
+    except CheckpointError as error:
+        raise BadCheckpointError(str(error)) from error
 
 
 def _targets(model: nn.Module, index: CheckpointIndex, *, strict: bool) -> list[tuple[TensorEntry, list[Slot]]]:
     """Each tensor of the checkpoint that the model has, with all its places, in file order. A parameter that stands at
-    several places is read once, under the first of its names that the checkpoint holds."""
+    several places is read once, under the first of its names that the checkpoint holds: those of non-persistent buffers
+    do not count."""
     groups: dict[int, list[Slot]] = {}
     aliases: dict[int, list[str]] = {}
     for slot in slots(model):
         groups.setdefault(id(slot.tensor), []).append(slot)
-    for name, tensor in (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)):
-        aliases.setdefault(id(tensor), []).append(name)
+    for path, owner in model.named_modules(remove_duplicate=False):
+        for slot in slots(owner, prefix=path, recurse=False):
+            if slot.is_stored:
+                aliases.setdefault(id(slot.tensor), []).append(slot.name)
     persistent = {id(value) for value in model.state_dict(keep_vars=True).values() if isinstance(value, Tensor)}
     found: list[tuple[TensorEntry, list[Slot]]] = []
     missing: list[str] = []
     for key, places in groups.items():
-        entry = next((index.tensors[name] for name in aliases[key] if name in index.tensors), None)
+        names = aliases.get(key, [])
+        entry = next((index.tensors[name] for name in names if name in index.tensors), None)
         if entry is not None:
             check_shape(entry, name=places[0].name, shape=places[0].tensor.shape)
             found.append((entry, places))
-        elif key in persistent:
-            missing.append(aliases[key][0])
+        elif names and key in persistent:
+            missing.append(names[0])
     known = {name for names in aliases.values() for name in names}
     _report(model, index, missing, [name for name in index.tensors if name not in known], strict=strict)
     return sorted(found, key=lambda target: (target[0].file, target[0].start))
@@ -211,12 +224,13 @@ def _report(
         return
     text = f"{index.folder} and {type(model).__name__} differ: {'; '.join(problems)}"
     if strict:
-        raise CheckpointError(text)
+        raise BadCheckpointError(text)
     log.warning("%s", text)
 
 
 class _Loader:
-    """Reads tensors and puts them where they go. `left_on_disk`: the entries that were not read, by name."""
+    """Reads tensors and puts them where they go. `left_on_disk`: the entries that were not read, by name; `loaded`: the
+    names of the others."""
 
     def __init__(
         self,
@@ -231,6 +245,7 @@ class _Loader:
         self._offload_buffers = offload_buffers
         self._reader = TensorReader()
         self.left_on_disk: dict[str, TensorEntry] = {}
+        self.loaded: list[str] = []
 
     def run(self, targets: Sequence[tuple[TensorEntry, list[Slot]]]) -> None:
         for entry, places in targets:
@@ -241,6 +256,7 @@ class _Loader:
                 if device is None:
                     self.left_on_disk[slot.name] = entry
                 else:
+                    self.loaded.append(slot.name)
                     values = self._reader.read([entry])[entry.name] if values is None else values
                 if str(device) not in made:
                     made[str(device)] = self._tensor(slot, entry, values, device)
@@ -254,23 +270,27 @@ class _Loader:
         placed = device_of(slot.name, self._device_map)
         if placed != "disk":
             return torch_device(placed)
-        return torch.device("cpu") if slot.is_buffer and not self._offload_buffers else None
+        stays = slot.is_buffer and not (self._offload_buffers and slot.is_stored)
+        return torch.device("cpu") if stays else None
 
     def _tensor(self, slot: Slot, entry: TensorEntry, values: Tensor | None, device: torch.device | None) -> Tensor:
         """What stands at a place from now on; without values, a placeholder of the right type."""
         old = slot.tensor
-        dtype = self._dtype_of(slot, old)
-        if device is None:
-            return like(cast(torch.empty_like(old, device="meta"), dtype), old)
-        assert values is not None
+        dtype = self._dtype_of(entry, old)
         if self._device_map is None and old.device == device and dtype == old.dtype:
+            assert values is not None
             old.detach().copy_(values)
             return old
-        values = cast(values, dtype) if self._dtype is not None else values.to(old.dtype)
-        return like(values.to(device), old)
+        if self._dtype is not None and not is_cast(stored := torch_dtype(entry)):
+            dtype = stored
+        if device is None:
+            return like(torch.empty_like(old, dtype=dtype, device="meta"), old)
+        assert values is not None
+        return like(values.to(dtype).to(device), old)
 
-    def _dtype_of(self, slot: Slot, old: Tensor) -> torch.dtype:
+    def _dtype_of(self, entry: TensorEntry, old: Tensor) -> torch.dtype:
         if self._dtype is None or not is_cast(old.dtype):
             return old.dtype
-        is_kept = any(is_within(slot.name, name) or f".{name}." in f".{slot.name}." for name in self._kept)
+        # Accelerate's rule: the end of a name counts too, "norm" is also "layernorm".
+        is_kept = any(f"{name}." in entry.name or name == entry.name for name in self._kept)
         return torch.float32 if is_kept else self._dtype

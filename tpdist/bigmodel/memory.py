@@ -6,6 +6,7 @@ name GPUs with gaps in their numbers (and "disk") for `low_zero`, and a GPU with
 
 import logging
 from collections.abc import Iterable, Mapping
+from numbers import Real
 
 from torch import nn
 
@@ -25,7 +26,7 @@ LAST_DEVICES = ("mps", "cpu", "disk")
 SHARE_OF_A_SINGLE_GPU = 0.9
 
 
-def get_max_memory(max_memory: Mapping[Device, int | str] | None = None) -> MaxMemory:
+def get_max_memory(max_memory: Mapping[Device, float | str] | None = None) -> MaxMemory:
     """Bytes that may be used of each device: GPUs by number first, then "mps", "cpu", "disk".
 
     Without `max_memory`, what is free now. Its values are bytes, sizes with a unit ("10GiB"), or "auto": what is free
@@ -37,9 +38,11 @@ def get_max_memory(max_memory: Mapping[Device, int | str] | None = None) -> MaxM
         raise DeviceMapError(
             f"max_memory names {unknown[0]!r}, which is no device: use GPU numbers, 'mps', 'cpu' and 'disk'"
         )
-    free = devices.free_memory() if "auto" in max_memory.values() or _gpus(max_memory) else {}
-    if missing := [device for device in _gpus(max_memory) if device not in free]:
-        log.warning("max_memory names GPUs %s, which are not available; there are %s", missing, _gpus(free))
+    present = devices.present_devices()
+    if missing := [device for device in _gpus(max_memory) if device not in present]:
+        log.warning("max_memory names GPUs %s, which are not available; there are %s", missing, _gpus(present))
+    asked = [device for device, size in max_memory.items() if size == "auto"]
+    free = devices.free_memory(asked) if asked else {}
     order: list[Device] = [*_gpus(max_memory), *(device for device in LAST_DEVICES if device in max_memory)]
     return {device: _num_bytes(device, max_memory[device], free) for device in order}
 
@@ -54,24 +57,27 @@ def _gpus(memory: Iterable[Device]) -> list[int]:
     return sorted(device for device in memory if isinstance(device, int))
 
 
-def _num_bytes(device: Device, size: int | str, free: Mapping[Device, int]) -> int:
-    if size != "auto":
+def _num_bytes(device: Device, size: float | str, free: Mapping[Device, int]) -> int:
+    if size == "auto":
+        if device not in free:
+            raise DeviceMapError(f"max_memory of {device!r} is 'auto', but its free memory is not known; give bytes")
+        return free[device]
+    try:
         if isinstance(size, str):
             return convert_file_size_to_int(size)
-        if isinstance(size, bool) or not isinstance(size, int) or size < 0:
-            raise DeviceMapError(
-                f"max_memory of {device!r} is {size!r}: give bytes as a whole number of 0 or more, a size such as "
-                f"'10GiB', or 'auto'; leave out a device that is not to be used"
-            )
-        return size
-    if device not in free:
-        raise DeviceMapError(f"max_memory of {device!r} is 'auto', but its free memory is not known; give bytes")
-    return free[device]
+        if isinstance(size, Real) and not isinstance(size, bool) and size >= 0:
+            return int(size)
+    except (ValueError, OverflowError):  # a word, infinity
+        pass
+    raise DeviceMapError(
+        f"max_memory of {device!r} is {size!r}: give bytes as a number of 0 or more, a size such as '10GiB', or "
+        f"'auto'; leave out a device that is not to be used"
+    )
 
 
 def get_balanced_memory(
     model: nn.Module,
-    max_memory: Mapping[Device, int | str] | None = None,
+    max_memory: Mapping[Device, float | str] | None = None,
     no_split_module_classes: str | Iterable[str] | None = None,
     dtype: Dtype | None = None,
     special_dtypes: Mapping[str, Dtype] | None = None,
@@ -85,7 +91,7 @@ def get_balanced_memory(
     memory = get_max_memory(max_memory)
     gpus = [device for device in _gpus(memory) if memory[device] > 0]
     # "mps" stands for the machine's one GPU; ours only counts, since its memory is the machine's.
-    num_devices = len(gpus) + (memory.get("mps", 0) > 0 and "mps" in devices.free_memory())
+    num_devices = len(gpus) + (memory.get("mps", 0) > 0 and "mps" in devices.present_devices())
     if num_devices == 0:
         return memory
     if num_devices == 1:

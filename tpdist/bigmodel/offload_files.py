@@ -1,6 +1,6 @@
 """Which tensors of which safetensors files stand for the parts of a model that are on the disk."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,9 @@ from tpdist.bigmodel.align import Slot
 from tpdist.bigmodel.device_map import NUM_SHOWN
 from tpdist.bigmodel.devices import DeviceMapError
 from tpdist.bigmodel.sizes import as_dtype
+from tpdist.bigmodel.sources import BadCheckpointError
 from tpdist.checkpoint.header import TensorEntry, read_header
 from tpdist.checkpoint.tensors import write_tensors
-from tpdist.errors import CheckpointError
 
 OffloadIndex = Mapping[str, tuple[TensorEntry, torch.dtype | None]]
 OFFLOAD_FILE = "offloaded.safetensors"
@@ -21,8 +21,12 @@ OFFLOAD_FILE = "offloaded.safetensors"
 REMEMBERED = "_tpdist_offload_entries"
 
 
-def remember_entries(model: nn.Module, entries: Mapping[str, TensorEntry]) -> None:
-    model.__dict__[REMEMBERED] = dict(entries)
+def remember_entries(model: nn.Module, entries: Mapping[str, TensorEntry], *, loaded: Iterable[str]) -> None:
+    """Add to what earlier calls left on the disk, which is in memory now for the names in `loaded`."""
+    left = dict(model.__dict__.get(REMEMBERED, {}))
+    for name in loaded:
+        left.pop(name, None)
+    model.__dict__[REMEMBERED] = left | dict(entries)
 
 
 def disk_entries(
@@ -86,14 +90,15 @@ def _of_index(index: Mapping[str, Any]) -> OffloadIndex:
         if file not in headers:
             headers[file] = {entry.name: entry for entry in read_header(file)}
         if stored_name not in headers[file]:
-            raise CheckpointError(f"{file} holds no tensor {stored_name}, though offload_index says so of {name}")
+            raise BadCheckpointError(f"{file} holds no tensor {stored_name}, though offload_index says so of {name}")
         dtype = as_dtype(where["dtype"]) if "dtype" in where else None
         found[name] = (headers[file][stored_name], dtype)
     return found
 
 
 def _write(values: Mapping[str, Tensor], folder: Path | None) -> dict[str, TensorEntry]:
-    """Write values to the folder; a parameter that stands at several places once, under its first name."""
+    """Write values to the folder, and return what stands for each name; a parameter that stands at several places is
+    written once, under its first name."""
     unique: dict[int, tuple[str, Tensor]] = {}
     for name, value in values.items():
         unique.setdefault(id(value), (name, value))
@@ -103,4 +108,7 @@ def _write(values: Mapping[str, Tensor], folder: Path | None) -> dict[str, Tenso
             f"the device map puts {len(found)} tensors on the disk that are in memory: "
             f"{', '.join(list(found)[:NUM_SHOWN])}; give a folder to write them to (offload_dir or offload_folder)"
         )
-    return {} if folder is None or not found else write_tensors(folder / OFFLOAD_FILE, found)
+    if folder is None or not found:
+        return {}
+    entries = write_tensors(folder / OFFLOAD_FILE, found)
+    return {name: entries[unique[id(value)][0]] for name, value in values.items()}

@@ -11,6 +11,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from tpdist.bigmodel.devices import DeviceMapError
+
 Dtype = str | torch.dtype
 Part = tuple[str, nn.Module | Tensor]
 
@@ -21,11 +23,13 @@ _UNITS = {"GIB": 2**30, "MIB": 2**20, "KIB": 2**10, "GB": 10**9, "MB": 10**6, "K
 def convert_file_size_to_int(size: int | str) -> int:
     """Bytes of a size such as 1024, "10GiB" or "500MB"; "Gb", with a small b, are gigabits.
 
-    Raises ValueError for anything else, and for a negative size.
+    Raises DeviceMapError for anything else, and for a negative size.
     """
     num_bytes = size if isinstance(size, int) else _parse_size(size)
     if num_bytes is None or num_bytes < 0:
-        raise ValueError(f"{size!r} is no size: give bytes as a whole number, or a number with a unit such as '5.0GB'")
+        raise DeviceMapError(
+            f"{size!r} is no size: give bytes as a whole number, or a number with a unit such as '5.0GB'"
+        )
     return num_bytes
 
 
@@ -41,14 +45,12 @@ def _parse_size(size: str) -> int | None:
 
 
 def as_dtype(dtype: Dtype) -> torch.dtype:
-    """The type of "float16", "torch.float16" or torch.float16 itself."""
+    """The type of "float16", "torch.float16" or torch.float16 itself. Raises DeviceMapError for another word."""
     if isinstance(dtype, torch.dtype):
         return dtype
     found = getattr(torch, dtype.removeprefix("torch."), None)
     if not isinstance(found, torch.dtype):
-        raise ValueError(  # noqa: TRY004 - a word that names no type, and not a value of a wrong type
-            f"{dtype!r} is no type of tensors: use for example 'float16', 'bfloat16' or torch.float32"
-        )
+        raise DeviceMapError(f"{dtype!r} is no type of tensors: use for example 'float16', 'bfloat16' or torch.float32")
     return found
 
 
@@ -57,7 +59,7 @@ def dtype_byte_size(dtype: torch.dtype) -> int | float:
     if dtype == torch.bool:
         return 1 / 8
     if re.search(r"[^\d]\d+(_|$)", str(dtype)) is None:
-        raise ValueError(f"{dtype} is no type whose size is known")
+        raise DeviceMapError(f"{dtype} is no type whose size is known")
     return dtype.itemsize
 
 

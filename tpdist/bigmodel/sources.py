@@ -8,10 +8,14 @@ import torch
 from torch import Tensor
 
 from tpdist.bigmodel.prefetch import Prefetcher
-from tpdist.bigmodel.sizes import is_cast
 from tpdist.checkpoint.header import TensorEntry
 from tpdist.checkpoint.tensors import TensorReader
 from tpdist.errors import CheckpointError
+
+
+class BadCheckpointError(CheckpointError, ValueError, RuntimeError):
+    """A checkpoint that is missing, damaged, or another model's; a ValueError and a RuntimeError too, since Accelerate
+    raises the one or the other."""
 
 
 class Source(Protocol):
@@ -37,10 +41,10 @@ class MemorySource:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor of a file, the type that the model wants it in (None: as it is), and its block."""
+    """A tensor of a file, the type that the model wants it in, and its block."""
 
     entry: TensorEntry
-    dtype: torch.dtype | None
+    dtype: torch.dtype
     block: str
 
 
@@ -94,17 +98,12 @@ def _read(reader: TensorReader, tensors: Iterable[tuple[str, StoredTensor]]) -> 
     """Tensors of one block, in the types that the model wants; a tensor under several names is read once."""
     wanted = dict(tensors)
     values = reader.read(list({stored.entry: None for stored in wanted.values()}))
-    return {name: cast(values[stored.entry.name], stored.dtype) for name, stored in wanted.items()}
-
-
-def cast(values: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """Values in another type; whole numbers and bools stay what they are."""
-    return values if dtype is None or values.dtype == dtype or not is_cast(values.dtype) else values.to(dtype)
+    return {name: values[stored.entry.name].to(stored.dtype) for name, stored in wanted.items()}
 
 
 def check_shape(entry: TensorEntry, *, name: str, shape: Sequence[int]) -> None:
     if entry.shape != tuple(shape):
-        raise CheckpointError(
+        raise BadCheckpointError(
             f"tensor {entry.name} of {entry.file} has shape {list(entry.shape)}, but {name} of the model has shape "
             f"{list(shape)}: the checkpoint is of another model"
         )

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tpdist.bigmodel.devices import Device, free_memory, torch_device
+from tpdist.bigmodel.devices import Device, present_devices, torch_device
 from tpdist.bigmodel.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from tpdist.bigmodel.move import send_to_device
 
@@ -48,7 +48,7 @@ def cpu_offload_with_hook(
 ) -> tuple[nn.Module, UserCpuOffloadHook]:
     """Keep a model on the CPU until its forward brings it to `execution_device` (the first GPU, or the CPU), where it
     stays until the returned hook's offload() is called, or the forward of a model whose previous hook that is."""
-    device = torch_device(next(iter(free_memory())) if execution_device is None else execution_device)
+    device = torch_device(present_devices()[0] if execution_device is None else execution_device)
     hook = CpuOffload(device, prev_module_hook)
     add_hook_to_module(model, hook, append=True)
     return model, UserCpuOffloadHook(model, hook)

@@ -125,7 +125,14 @@ def torch_dtype(entry: TensorEntry) -> torch.dtype:
 
 def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> dict[str, TensorEntry]:
     """Write a safetensors file in place of one that may be there, and return what it holds. Tensors come to the CPU
-    and lie one after another; readers of the old file keep what they have open. Raises CheckpointError."""
+    and lie one after another; readers of the old file keep what they have open. Raises CheckpointError, also for a type
+    that the format has no word for."""
+    for name, tensor in tensors.items():
+        if tensor.dtype not in TORCH_DTYPES.values():
+            raise CheckpointError(
+                f"tensor {name} has dtype {tensor.dtype}, which {file} cannot hold: convert it to a type of "
+                f"safetensors, such as float32 or complex64, or keep it in memory"
+            )
     temporary = file.with_name(f".{file.name}.{os.getpid()}")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
