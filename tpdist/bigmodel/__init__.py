@@ -9,8 +9,8 @@ memory, or in the checkpoint's own files, and comes while it is needed. Checkpoi
 
 What differs from Accelerate 1.15, beside the faults that greedy.py and memory.py list:
 
-- device_map="auto" is planned exactly, among placements in contiguous pieces (auto.py has what is guaranteed); the
-  other words, and infer_auto_device_map, as there.
+- device_map="auto" is planned exactly (auto.py has what is guaranteed); the other words, and infer_auto_device_map, as
+  there.
 - Modules on the disk are read from the checkpoint itself, and nothing is written, unless they were in memory. Without a
   `dtype` they have the model's type, as modules on other devices have, and not the checkpoint's.
 - Removing the hooks of a dispatched model brings everything back into memory, also what was never there: from a

@@ -1,10 +1,10 @@
 """The exact placement of a model's modules: what search.py finds, as a device map.
 
-Each device holds one run of modules that follow each other: of all such placements the best is found (search.py has
-what is wanted, and in which order), so a model that has one on the GPUs is never spilled. That holds for the GPUs in
-the order of their numbers, and, where that order spills, in every other order too, up to MAX_ORDERS different ones (all
-for five GPUs; equal ones count as one); with more the given order decides. A placement that would need a device to hold
-modules from several places of the model is not looked for.
+A model that fits on the GPUs is never spilled. Each device holds one run of modules that follow each other: of all such
+placements the best is found (search.py has what is wanted, and in which order), for the GPUs in the order of their
+numbers, and, where that order spills, in every other order too, up to MAX_ORDERS different ones (all for five GPUs;
+equal ones count as one). Where all of these spill, the GPUs may hold modules from several places of the model: if any
+such placement is found that spills nothing (packing.py), it is taken.
 
 Modules are split only where a border between devices falls into them. Tied parameters stay together, with the modules
 that hold them, at the place of the first, and count once.
@@ -22,6 +22,7 @@ from tpdist.bigmodel.device_map import add_second_names, clean_device_map
 from tpdist.bigmodel.devices import Device, MaxMemory
 from tpdist.bigmodel.greedy import warn_of_buffers
 from tpdist.bigmodel.memory import get_max_memory
+from tpdist.bigmodel.packing import pack
 from tpdist.bigmodel.search import Piece, place_in_best_order
 from tpdist.bigmodel.sizes import (
     Dtype,
@@ -60,7 +61,7 @@ def auto_device_map(
     """Where each module goes so that the fast devices hold as much as they can; infer_auto_device_map's signature.
 
     Without `no_split_module_classes`, those of the model's `_no_split_modules`. `fallback_allocation` changes nothing:
-    the search already considers all placements in contiguous pieces. The map is in the order of the model. Buffers
+    what fits on the GPUs in any arrangement goes there. The map is in the order of the model. Buffers
     count with their modules, although those of offloaded modules stay on the main device without `offload_buffers`: a
     warning says so if no GPU has room for them.
     """
@@ -129,7 +130,10 @@ def _numbers(units: list[_Unit], gpu_bytes: list[int], cpu_bytes: int) -> list[i
         Piece(unit.num_bytes, min(unit.layer_bytes, unit.num_bytes), _common_modules(before, unit))
         for before, unit in pairwise([_Unit([""], 0, 0), *units])
     ]
-    return place_in_best_order(pieces, gpu_bytes=gpu_bytes, cpu_bytes=cpu_bytes)
+    numbers = place_in_best_order(pieces, gpu_bytes=gpu_bytes, cpu_bytes=cpu_bytes)
+    if max(numbers) < len(gpu_bytes):
+        return numbers
+    return pack([unit.num_bytes for unit in units], gpu_bytes) or numbers
 
 
 def _warn_if_buffers_have_no_room(
