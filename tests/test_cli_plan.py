@@ -263,6 +263,29 @@ def test_weights_take_twice_as_much_in_float32(plan: Run, small: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("flags", [("2x80GiB",), ("4x48GiB",), ("4x48GiB", "--pipeline-layers", "41,39")])
+def test_the_longest_context_that_is_told_can_be_asked_for(plan: Run, large: Path, flags: tuple[str, ...]) -> None:
+    longest = as_json(plan(large, "--devices", *flags, "--json"))["longest_context"]
+    batch = ("--max-num-batched-tokens", "2048", "--max-num-seqs", "256")
+    found = as_json(plan(large, "--devices", *flags, *batch, "--max-seq-len", longest, "--json"))
+    assert found["demand"]["max_seq_len"] == found["longest_context"] == longest
+    code, _, err = plan(large, "--devices", *flags, *batch, "--max-seq-len", longest + 16)
+    assert (code, "does not fit" in err) == (3, True)
+
+
+def test_a_length_beyond_the_models_is_told(plan: Run, small: Path) -> None:
+    code, out, err = plan(small, "--devices", "24GiB", "--max-seq-len", "300000")
+    assert (code, err) == (0, "")
+    assert "--max-seq-len 300000 is more than what LlamaForCausalLM supports: planned for 8192 tokens" in plain(out)
+    assert "the longest that fits is 8192 tokens, all that the model allows" in plain(out)
+
+
+def test_a_cache_that_was_asked_for_is_named_where_the_context_shrinks_for_it(plan: Run, small: Path) -> None:
+    code, out, err = plan(small, "--devices", "24GiB", "--kv-cache-memory-bytes", "64MiB")
+    assert (code, err) == (0, "")
+    assert "may take 64.0 MiB with --kv-cache-memory-bytes 64MiB, and lacked 64.0 MiB" in plain(out)
+
+
 def test_a_demand_that_shrinks_is_told(plan: Run, large: Path) -> None:
     code, out, _ = plan(large, "--devices", "2x75GiB")
     assert code == 0
@@ -372,6 +395,20 @@ def test_images_decide_what_the_first_device_needs_beside_weights(plan: Run, lla
     assert first("--max-num-images", "16", "--max-image-length", "2048") > few
 
 
+@pytest.mark.parametrize("one_process", [False, True])
+@pytest.mark.parametrize(("flag", "value"), [("--max-image-length", 100_000), ("--max-num-images", 100_000)])
+def test_images_that_do_not_fit_are_named_and_leaving_them_out_helps(
+    plan: Run, llava: Path, flag: str, value: int, one_process: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if one_process:
+        monkeypatch.setenv("MISTRALRS_NO_NCCL", "1")
+    devices = ("--devices", "2x24GiB")
+    code, _, err = plan(llava, *devices, flag, value)
+    assert (code, f"{value} " in err.splitlines()[2]) == (3, True)
+    assert f"  - without {flag} it would fit with one sequence of 4096 tokens" in err
+    assert plan(llava, *devices)[0] == 0
+
+
 def test_a_vision_model_without_files_has_an_estimated_tower(plan: Run, tmp_path: Path) -> None:
     found = as_json(plan(write_config(tmp_path, LLAVA), "--devices", "24GiB", "--json"))
     assert found["model"]["vision_bytes"] > 500 * 1024**2
@@ -426,6 +463,36 @@ def test_what_does_not_fit_ends_with_3_and_the_numbers(
     code, out, err = plan(large, *flags)
     assert told in plain(err)
     assert (code, out) == (2 if "not named" in told else 3, "")
+
+
+def test_one_rank_that_does_not_fit_with_its_cpu_is_told_what_would_help_and_it_does(
+    plan: Run, small: Path, tmp_path: Path
+) -> None:
+    code, _, err = plan(small, "--devices", "1500MiB,cpu=1GiB")
+    assert (code, "MISTRALRS_NO_NCCL" in err) == (3, False)
+    assert "a CPU with 4GiB among the devices would take the layers that do not fit" in err
+    assert "--offload-folder FOLDER would fit" in err
+    assert plan(small, "--devices", "1500MiB,cpu=4GiB")[0] == 0
+    assert plan(small, "--devices", "1500MiB,cpu=1GiB", "--offload-folder", tmp_path)[0] == 0
+
+
+def test_limits_that_leave_out_the_cpu_are_told_how_to_name_it(plan: Run, small: Path) -> None:
+    devices, limits = ("--devices", "2x24GiB,cpu=64GiB"), "0=1500MiB,1=1500MiB"
+    code, _, err = plan(small, *devices, "--max-memory", limits)
+    assert (code, "--gpu-memory-utilization" in err) == (3, False)
+    assert "cpu=2GiB in --max-memory would take the layers that do not fit" in err
+    assert plan(small, *devices, "--max-memory", f"{limits},cpu=2GiB")[0] == 0
+
+
+def test_layers_by_hand_that_do_not_fit_are_told_to_be_left_out(
+    plan: Run, small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MISTRALRS_NO_NCCL", "1")
+    devices = ("--devices", "2GiB,cpu=64GiB")
+    code, _, err = plan(small, *devices, "-n", "16")
+    assert (code, "--offload-folder" in err) == (3, False)
+    assert "without --device-layers (-n), --device-map or --placement first-fit it would fit: " in err
+    assert plan(small, *devices)[0] == 0
 
 
 @pytest.mark.parametrize(

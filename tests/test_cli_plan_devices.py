@@ -206,9 +206,19 @@ def test_the_cpu_alone_may_be_asked_for() -> None:
 
 def test_limits_leave_out_what_they_do_not_name() -> None:
     devices = found("2x24GiB,cpu=64GiB", max_memory="0=20GiB,cpu=100GiB", gpu_memory_utilization="1").inventory.devices
-    assert [(each.name, each.free_bytes // GIB) for each in devices] == [("cuda:0", 20), ("cpu", 64)]
+    assert [(each.name, each.free_bytes // GIB) for each in devices] == [("cuda:0", 24), ("cpu", 64)]
+    assert devices[0].limit_bytes == 20 * GIB
     with pytest.raises(PlanError, match="names cuda:7, but the devices are cuda:0, cpu"):
         found("24GiB,cpu=64GiB", max_memory="7=20GiB")
+
+
+def test_an_inventory_has_as_many_nodes_as_the_head_waits_for(tmp_path: Path) -> None:
+    path = two_nodes(tmp_path)
+    variables = {"global_world_size": 4, "head_port": 5555}
+    with pytest.raises(SettingsError, match="HEAD_NUM_WORKERS=3 means 4 nodes, but --inventory has 2: a, b"):
+        found(path=path, head_num_workers=3, **variables)
+    variables["global_world_size"] = 3
+    assert found(path=path, head_num_workers=1, **variables).inventory.devices
 
 
 def test_one_process_is_on_one_node(tmp_path: Path) -> None:

@@ -158,8 +158,22 @@ def test_a_single_rank_whose_gpu_is_too_small_has_layers_on_the_cpu_too() -> Non
     assert len(assign.item_devices) == 5
     assert "cpu" in assign.item_devices
     assert any("on cpu, which is slower" in note for note in made.plan["notes"])
+    assert layout(node(probe={"devices": (small,)}), optimize="throughput", **asked).plan["objective"] == "throughput"
+    for mistake in ({"pipeline_layers": [4]}, {"tensor_shares": [1, 2, 3]}):
+        with pytest.raises(PlanError, match=r"layers|shares"):
+            layout(node(probe={"devices": (small,)}), **asked, **mistake)
     with pytest.raises(PlanError, match="does not fit: cuda:"):
         layout(node(probe={"devices": (small, small)}), device="auto", **{**asked, "kv_cache_memory_bytes": 1 << 40})
+
+
+def test_no_longer_sequence_is_taken_than_the_plan_of_a_gpu_has_room_for() -> None:
+    small = DeviceInfo(kind="cuda", index=0, name="H", total_bytes=740_350_000, free_bytes=740_350_000)
+    asked = {"max_num_seqs": 1, "max_num_batched_tokens": 16, "max_seq_len": 16, "gpu_memory_utilization": 1.0}
+    made = layout(node(probe={"devices": (small,)}), device="cuda", **asked)
+    assert made.placement is not None
+    (assign,) = made.assigns
+    assert assign.max_model_len == made.placement.longest_context < min(512, 16 * assign.most_blocks)
+    assert layout(node(), **asked).assigns[0].max_model_len == 512
 
 
 def test_a_longer_sequence_than_the_model_supports_is_refused_with_both_numbers() -> None:

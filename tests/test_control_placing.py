@@ -180,7 +180,11 @@ def test_max_memory_may_name_a_device_and_leave_it_what_is_free() -> None:
     free = process_inventory(node(devices=gpus(2)), device="cuda", asked=one_process()).devices
     limited = process_inventory(node(devices=gpus(2)), device="cuda", asked=asked).devices
     assert [device.name for device in limited] == ["cuda:0", "cuda:1"]
-    assert limited[0].free_bytes == free[0].free_bytes > limited[1].free_bytes
+    assert limited[0] == free[0]
+    assert limited[1].limit_bytes == GIB
+    asked = one_process(max_memory={"0": None, "cuda:0": GIB})
+    with pytest.raises(PlanError, match="--max-memory has a device twice, by its number and by its name: 0, cuda:0"):
+        process_inventory(node(devices=gpus(2)), device="cuda", asked=asked)
 
 
 def test_max_memory_does_not_take_the_disk_away_that_an_offload_folder_allows() -> None:

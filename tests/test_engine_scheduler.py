@@ -402,7 +402,7 @@ def test_a_prompt_that_can_never_run_is_refused_with_the_numbers(prompt: list[in
 
 
 def test_a_prompt_over_the_models_limit_is_refused_with_the_limit() -> None:
-    with pytest.raises(RequestError, match="20 tokens, but the model's limit is 16"):
+    with pytest.raises(RequestError, match="20 tokens, but the longest sequence here has 16"):
         scheduler(max_model_len=16).add(request("a", [1] * 20))
 
 

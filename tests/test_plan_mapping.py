@@ -3,6 +3,7 @@
 import json
 import random
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import combinations, pairwise, permutations
 from typing import Any
 
@@ -271,7 +272,7 @@ def test_a_refusal_has_the_shortfall_and_what_would_help() -> None:
     lines = str(caught.value).splitlines()
     assert lines[0].startswith("the model does not fit: cuda:")
     assert "  - --dtype bfloat16 would fit" in lines
-    assert "  - a CPU among the devices would take the layers that do not fit" in lines
+    assert "  - a CPU with 1GiB among the devices would take the layers that do not fit" in lines
     with pytest.raises(PlanError, match="there is no device"):
         place(LAYERS, [])
 
@@ -336,8 +337,8 @@ def test_too_many_different_gpus_keep_their_order_and_a_note_says_so() -> None:
 
 def test_what_else_stays_on_the_first_device_is_there_alone() -> None:
     devices = [gpu(0, 100 * MIB), gpu(1, 100 * MIB)]
-    options = {"first_extra_bytes": 20 * MIB, "first_extra_activation_bytes": 10 * MIB}
-    plain, more = place(LAYERS, devices), place(LAYERS, devices, **options)
+    extra = Extra(bytes=20 * MIB, activation_bytes=10 * MIB)
+    plain, more = place(LAYERS, devices), place(LAYERS, devices, extra=extra)
     assert (
         sum(plan.weight_bytes for plan in more.devices) - sum(plan.weight_bytes for plan in plain.devices) == 20 * MIB
     )
@@ -372,6 +373,46 @@ def test_first_fit_without_a_cpu_is_refused_by_it() -> None:
         place(LAYERS, [gpu(0, 60 * MIB)], method="first-fit")
 
 
+def test_layers_that_are_left_for_a_cpu_that_is_not_there_say_how_to_name_it() -> None:
+    with pytest.raises(PlanError, match="5 of 8 layers are to be on cpu, but the devices are cuda:0: name its memory"):
+        place(LAYERS, [gpu(0, GIB)], method="manual", device_layers=(("cuda:0", 3), ("cpu", 5)))
+
+
+def test_first_fit_sets_the_cpu_no_limit_and_says_what_will_be_swapped() -> None:
+    small = place(LAYERS, [gpu(0, 60 * MIB), cpu(4 * MIB)], method="first-fit")
+    large = place(LAYERS, [gpu(0, 60 * MIB), cpu(GIB)], method="first-fit")
+    assert where(small) == where(large) == [("cuda:0", 3), ("cpu", 5)]
+    (_, on_cpu) = small.devices
+    assert (on_cpu.device, on_cpu.usable_bytes) == (cpu(4 * MIB), cpu(4 * MIB).free_bytes)
+    assert on_cpu.used_bytes > on_cpu.usable_bytes
+    (note,) = small.notes
+    assert note.startswith("cpu is to hold ")
+    assert "are free: first-fit sets it no limit" in note
+    assert large.notes == ()
+    limited = replace(cpu(4 * MIB), limit_bytes=cpu(4 * MIB).free_bytes)
+    with pytest.raises(PlanError, match="cpu on a lacks"):
+        place(LAYERS, [gpu(0, 60 * MIB), limited], method="first-fit")
+
+
+def test_first_fit_fills_nine_tenths_of_what_is_free_however_large_the_gpu_is() -> None:
+    asked = demand(**SMALL, gpu_memory_utilization=0.9)
+    idle = replace(gpu(0, 0), total_bytes=850 * MIB, free_bytes=850 * MIB)
+    busy = replace(idle, total_bytes=GIB)
+    placement = place(LAYERS, [busy, cpu(GIB)], asked, method="first-fit")
+    assert where(placement) == where(place(LAYERS, [idle, cpu(GIB)], asked, method="first-fit"))
+    assert where(placement)[0][0] == "cuda:0"
+    assert placement.devices[0].device == busy
+    assert placement.devices[0].usable_bytes == 765 * MIB
+
+
+def test_a_limit_of_the_user_is_what_may_be_used_of_a_gpu() -> None:
+    asked = demand(**SMALL, gpu_memory_utilization=0.9)
+    limited = replace(gpu(0, GIB), limit_bytes=800 * MIB)
+    for method in ("exact", "first-fit"):
+        placement = place(LAYERS, [limited, cpu(GIB)], asked, method=method)
+        assert next(plan for plan in placement.devices if plan.device == limited).usable_bytes == 800 * MIB
+
+
 def test_layers_placed_by_hand_stay_where_they_are_put_and_the_rest_is_on_the_cpu() -> None:
     devices = [gpu(0, GIB), gpu(1, GIB), cpu(GIB)]
     placement = place(LAYERS, devices, method="manual", device_layers=(("cuda:1", 3), ("cuda:0", 2)))
@@ -390,7 +431,8 @@ def test_layers_placed_by_hand_stay_where_they_are_put_and_the_rest_is_on_the_cp
 @pytest.mark.parametrize(
     ("layers", "message"),
     [
-        ((("cuda:7", 3),), "layers were placed on cuda:7, but there are only cuda:0, cpu"),
+        ((("cuda:7", 3),), "3 of 8 layers are to be on cuda:7, but the devices are cuda:0, cpu: name one of them"),
+        ((("disk", 3),), "3 of 8 layers are to be on disk, but .*: --offload-folder FOLDER allows it"),
         ((("cuda:0", 9),), "cannot be placed as cuda:0: 9: the model has 8 layers"),
         ((("cuda:0", 3), ("cuda:0", 5)), "a device stands in it twice"),
         ((("cpu", 3),), "5 of 8 layers have no device"),
@@ -406,7 +448,10 @@ def test_layers_placed_by_hand_that_do_not_fit_are_refused_with_a_placement_that
         place(LAYERS, [gpu(0, 60 * MIB), cpu(GIB)], method="manual", device_layers=(("cuda:0", 8),))
     lines = str(caught.value).splitlines()
     assert "cuda:0 on a lacks" in lines[0]
-    assert any(line.startswith("  - another placement would fit: ") for line in lines)
+    assert lines[-1] == (
+        "  - without --device-layers (-n), --device-map or --placement first-fit it would fit: 3 layers on cuda:0, "
+        "5 layers on cpu"
+    )
 
 
 # -- large models ------------------------------------------------------------------------------------------------------

@@ -83,8 +83,8 @@ def test_small_models_are_shown_in_mebibytes() -> None:
 
 
 def test_a_context_that_does_not_fit_is_told() -> None:
-    assert "the longest that fits is 100000 tokens, less than the 131072 asked for" in plain(shown())
-    assert "all that is asked for" in plain(shown(longest_context=131072))
+    assert "the longest that fits is 100000 tokens, less than the 131072 that the model allows" in plain(shown())
+    assert "all that the model allows" in plain(shown(longest_context=131072))
 
 
 def test_times_are_called_predictions() -> None:

@@ -110,7 +110,7 @@ def test_slurm_sbatch_starts_a_node_on_each_host_the_head_on_the_first(
     tmp_path: Path, fake_tpdist: dict[str, str]
 ) -> None:
     folder = tmp_path / "bin"
-    (folder / "scontrol").write_text("#!/usr/bin/env bash\nprintf 'alpha\\nbeta\\ngamma\\n'\n")
+    (folder / "scontrol").write_text("#!/usr/bin/env bash\nprintf 'alpha\\n'; seq 100000\n")
     (folder / "srun").write_text(
         "#!/usr/bin/env bash\n"
         "while [[ $1 == --* ]]; do shift; done\n"

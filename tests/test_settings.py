@@ -325,8 +325,11 @@ def test_every_option_has_a_help_text_and_names_of_its_own() -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"placement": "first-fit"}, "TPDIST_PLACEMENT=first-fit means something for one process only"),
-        ({"offload_folder": "/tmp"}, "TPDIST_OFFLOAD_FOLDER=/tmp means something for one process only"),
+        (
+            {"placement": "first-fit", "tensor_parallel_size": "2"},
+            "TPDIST_PLACEMENT=first-fit means one rank, but .*=2",
+        ),
+        ({"offload_folder": "/tmp", "pipeline_layers": "1,2"}, "TPDIST_OFFLOAD_FOLDER=/tmp means one rank, for which"),
         ({"no_nccl": True, "pipeline_layers": "1,2"}, "asks for|TPDIST_PIPELINE_LAYERS means nothing"),
         ({"device_map": "auto", "tensor_shares": "1,2"}, "TPDIST_TENSOR_SHARES means nothing"),
         ({"device_layers": "4", "device_map": "auto"}, "--device-layers says where each layer is"),
@@ -335,6 +338,7 @@ def test_every_option_has_a_help_text_and_names_of_its_own() -> None:
             "names 2 stages, but MISTRALRS_PIPELINE_PARALLEL=3",
         ),
         ({"max_memory": "cpu"}, "must be sizes by device"),
+        ({"max_memory": "0=1GiB,cpu=2GiB,0=3GiB"}, "has 0 twice"),
         ({"device_map": "{"}, "must be one of auto, balanced"),
         ({"tensor_shares": "1,0"}, "must be whole numbers of at least 1"),
         ({"trace_folder": "/nowhere"}, "TPDIST_TRACE_FOLDER=/nowhere: no such folder"),
@@ -350,6 +354,18 @@ def test_layers_of_stages_say_how_many_stages_and_ranks_there_are() -> None:
     assert (settings.num_stages, settings.world_size) == (2, 4)
     assert settings.shared()["pipeline_layers"] == [1, 2]
     assert settings.explicit() == {"pipeline_layers": [1, 2], "tensor_parallel_size": 2}
+
+
+def test_layers_of_stages_are_not_taken_for_torchrun_s_ranks() -> None:
+    with pytest.raises(SettingsError) as caught:
+        Settings.load({"no_nccl": True, "pipeline_layers": "1,2"}, environ={})
+    assert "TPDIST_PIPELINE_LAYERS means nothing" in str(caught.value)
+    assert "torchrun" not in str(caught.value)
+
+
+@pytest.mark.parametrize("option", [{"offload_folder": "/tmp"}, {"placement": "exact"}, {"placement": "first-fit"}])
+def test_what_means_something_for_one_process_only_asks_for_one(option: dict[str, object]) -> None:
+    assert Settings.load(option, environ={}).one_process
 
 
 def test_an_empty_device_map_or_limit_is_one_that_was_given() -> None:

@@ -2,7 +2,8 @@
 
     TpdistError              1   a bug, or nothing more exact is known
       SettingsError          2   wrong usage or settings; seen by one node alone
-      PlanError              3   the model does not fit, cannot be sharded so, or is of an unsupported kind
+      PlanError              3   the model cannot be sharded so, or is of an unsupported kind
+        DoesNotFitError      3   devices have too little memory; others, or less to hold, would do
       CheckpointError        4   checkpoint missing, damaged, or not the model its config.json describes
       JoinError              5   a node did not join, or disagrees with the head
       LostError              6   a node or rank was lost and the restart budget is spent
@@ -11,6 +12,8 @@
 
 A message says what happened with the values, where (node, rank, file, tensor), and what to do next.
 """
+
+from collections.abc import Sequence
 
 
 class TpdistError(Exception):
@@ -25,6 +28,15 @@ class SettingsError(TpdistError):
 
 class PlanError(TpdistError):
     exit_code = 3
+
+
+class DoesNotFitError(PlanError):
+    """`helps`: what would make it fit, a sentence each. The message ends with them."""
+
+    def __init__(self, message: str, *, helps: Sequence[str] = ()) -> None:
+        super().__init__("\n".join([message, *(f"  - {each}" for each in helps)]))
+        self.message = message
+        self.helps = tuple(helps)
 
 
 class CheckpointError(TpdistError):

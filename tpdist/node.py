@@ -278,7 +278,6 @@ def one_process_of(settings: Settings) -> OneProcess | None:
         max_memory=settings.max_memory,
         disk=settings.offload_folder is not None,
         optimize=settings.optimize,
-        gpu_memory_utilization=settings.gpu_memory_utilization,
     )
 
 

@@ -221,9 +221,11 @@ class ClusterSettings(BaseSettings):
                 f"{self.one_process} places the layers over the devices of one process, which contradicts "
                 f"{', '.join(multi_node)}; unset one side"
             )
-        elif ranks > 1:
-            sizes = self._set_among(("local_world_size", "tensor_parallel_size", "pipeline_parallel_size"))
-            yield f"{self.one_process} means one rank, but {', '.join(sizes) or 'torchrun'} asks for {ranks}"
+        sizes = self._set_among(("local_world_size", "tensor_parallel_size", "pipeline_parallel_size"))
+        if self.torchrun is not None and not sizes:
+            sizes = ["torchrun"]
+        if ranks > 1 and sizes and not multi_node:
+            yield f"{self.one_process} means one rank, but {', '.join(sizes)} asks for {ranks}"
 
     def _size_contradictions(self) -> Iterator[str]:
         total, local, workers = self.global_world_size, self.local_world_size, self.head_num_workers

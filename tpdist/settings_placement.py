@@ -13,9 +13,8 @@ from tpdist.settings_cluster import ClusterSettings
 from tpdist.settings_options import MAX_COUNT, option
 from tpdist.settings_values import parse_counts, parse_device_map, parse_sizes
 
-# What makes one process of a node; what means something only then; what means nothing then.
-ONE_PROCESS = ("device_layers", "device_map", "max_memory")
-OF_ONE_PROCESS = ("placement", "offload_folder")
+# What makes one process of a node, placement too if it is given; what means nothing then.
+ONE_PROCESS = ("device_layers", "device_map", "max_memory", "offload_folder")
 OF_RANKS = ("pipeline_layers", "tensor_shares")
 
 
@@ -65,7 +64,7 @@ class PlacementSettings(ClusterSettings):
     )
     device_layers: str | None = option(
         None,
-        "With MISTRALRS_NO_NCCL=1: layers of each GPU, as 0:16;1:16 or 16 for GPU 0, the rest on the CPU. Deprecated: "
+        "With one rank: layers of each GPU, as 0:16;1:16 or 16 for GPU 0, the rest on the CPU. Deprecated: "
         "without it they are placed by what fits.",
         section="placement",
         metavar="ORD:NUM;...",
@@ -73,7 +72,7 @@ class PlacementSettings(ClusterSettings):
     )
     placement: Literal["exact", "first-fit"] = option(
         "exact",
-        "With MISTRALRS_NO_NCCL=1: how layers are placed over the devices.",
+        "With one rank: how layers are placed over the devices.",
         section="placement",
         metavar="exact|first-fit",
     )
@@ -118,7 +117,9 @@ class PlacementSettings(ClusterSettings):
 
     @property
     def one_process(self) -> str:
-        asked = [f"{_variable(name)}={getattr(self, name)}" for name in ONE_PROCESS if getattr(self, name) is not None]
+        given = [name for name in ONE_PROCESS if getattr(self, name) is not None]
+        given += {"placement"} & self.model_fields_set
+        asked = [f"{_variable(name)}={getattr(self, name)}" for name in given]
         return super().one_process or ", ".join(asked)
 
     @property
@@ -128,12 +129,6 @@ class PlacementSettings(ClusterSettings):
     def contradictions(self) -> Iterator[str]:
         yield from super().contradictions()
         yield from self._placement_contradictions()
-        for name in () if self.one_process else OF_ONE_PROCESS:
-            if name in self.model_fields_set and getattr(self, name) is not None:
-                yield (
-                    f"{_variable(name)}={getattr(self, name)} means something for one process only: set "
-                    f"MISTRALRS_NO_NCCL=1 too, or unset it"
-                )
         for name in OF_RANKS if self.one_process else ():
             if getattr(self, name) is not None:
                 yield f"{self.one_process} means one rank, for which {_variable(name)} means nothing; unset one"

@@ -60,7 +60,10 @@ def parse_sizes(value: object) -> object:
         pairs = [each.partition("=") for each in value.split(",")]
         if not all(name.strip() and size.strip() for name, _, size in pairs):
             raise ValueError("must be sizes by device, as 0=20GiB,cpu=30GiB")
-        value = {name.strip(): size for name, _, size in pairs}
+        names = [name.strip() for name, _, _ in pairs]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"has {twice[0]} twice")
+        value = dict(zip(names, (size for _, _, size in pairs), strict=True))
     if not isinstance(value, dict):
         return value
     return {str(name): None if size == "auto" else parse_bytes(size) for name, size in value.items()}

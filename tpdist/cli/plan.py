@@ -18,8 +18,8 @@ from tpdist.cli.plan_picture import draw
 from tpdist.control.placing import demand_of, place
 from tpdist.errors import JoinError, SettingsError
 from tpdist.node import one_process_of
-from tpdist.plan.costs import vision_bytes
 from tpdist.plan.placement import Inventory, Placement
+from tpdist.plan.sizes import Extra
 from tpdist.settings import Settings
 
 EXAMPLES = (
@@ -92,7 +92,6 @@ def placed(model: PlannedModel, found: Found, settings: Settings) -> Placement:
     """What the planner says, with the notes of those who read model and devices. Raises PlanError."""
     asked, config, weights = settings.shared(), model.config, model.weights
     demand = demand_of(config, asked, dtype=model.dtype, explicit=settings.model_fields_set)
-    extra_bytes, extra_activation_bytes = (0, 0) if model.tower is None else vision_bytes(model.tower, demand)
     placement = place(
         config,
         weights,
@@ -101,8 +100,7 @@ def placed(model: PlannedModel, found: Found, settings: Settings) -> Placement:
         ranks=found.inventory,
         process=found.process,
         one_process=one_process_of(settings),
-        first_extra_bytes=extra_bytes,
-        first_extra_activation_bytes=extra_activation_bytes,
+        extra=Extra.of(model.tower),
     )
     return replace(placement, notes=(*model.notes, *found.notes, *placement.notes))
 

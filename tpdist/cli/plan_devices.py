@@ -47,9 +47,20 @@ def _written(settings: Settings, *, text: str | None, path: Path | None) -> Foun
     if text is not None:
         return Found(parse_devices(text))
     if path is not None:
-        return Found(read_inventory(path))
+        return Found(_of_all_nodes(read_inventory(path), settings))
     report = asyncio.run(probe_in_child())
     return _like_this_one(settings, report)
+
+
+def _of_all_nodes(inventory: Inventory, settings: Settings) -> Inventory:
+    """Raises SettingsError unless there are as many nodes as the head's variables say."""
+    nodes, workers = _by_node(inventory), settings.head_num_workers
+    if workers is not None and len(nodes) != workers + 1:
+        raise SettingsError(
+            f"MISTRALRS_MN_HEAD_NUM_WORKERS={workers} means {workers + 1} nodes, but --inventory has {len(nodes)}: "
+            f"{', '.join(devices[0].node for devices in nodes)}"
+        )
+    return inventory
 
 
 def _like_this_one(settings: Settings, report: ProbeReport) -> Found:
@@ -138,6 +149,5 @@ def _for_one_process(inventory: Inventory, settings: Settings) -> Inventory:
         cpu_only=settings.device == "cpu",
         disk=settings.offload_folder is not None,
         max_memory=settings.max_memory,
-        gpu_memory_utilization=settings.gpu_memory_utilization,
     )
     return replace(inventory, devices=tuple(devices))

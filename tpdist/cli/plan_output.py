@@ -107,9 +107,10 @@ def expectations(placement: Placement) -> Iterator[tuple[str, str]]:
         step = f"{milliseconds(placement.slowest_stage_s)} each"
         step += " in the slowest stage, with all stages busy" if placement.pp_size > 1 else ""
         yield "throughput", f"at most {rate(1 / placement.slowest_stage_s)} steps/s ({step})"
-    enough = "all that is asked for"
+    most = "--max-model-len" if "max_model_len" in demand.fixed else "the model"
+    enough = f"all that {most} allows"
     if placement.longest_context < demand.max_model_len:
-        enough = f"less than the {demand.max_model_len} asked for"
+        enough = f"less than the {demand.max_model_len} that {most} allows"
     yield "context", f"the longest that fits is {placement.longest_context} tokens, {enough}"
     tokens = min((plan.tokens for plan in placement.devices if plan.layers.size), default=0)
     if tokens:

@@ -66,7 +66,6 @@ def process_devices(
     cpu_only: bool,
     disk: bool,
     max_memory: Mapping[str, int | None] | None,
-    gpu_memory_utilization: float,
 ) -> list[Device]:
     """All devices of one process on a node: GPUs, its memory, and its disk if layers may be there, of which no more may
     be used than `max_memory` allows, nor than else. Raises PlanError for a device that is not there."""
@@ -74,7 +73,7 @@ def process_devices(
     if disk:
         found.append(_disk(found[0].node))
     if max_memory is not None:
-        found = _limited(found, max_memory, gpu_memory_utilization)
+        found = _limited(found, max_memory)
     return sorted(found, key=lambda device: _KINDS.index(device.kind))
 
 
@@ -89,22 +88,24 @@ def _disk(node: str) -> Device:
     )
 
 
-def _limited(devices: Sequence[Device], most: Mapping[str, int | None], gpu_memory_utilization: float) -> list[Device]:
+def _with_limit(device: Device, size: int | None) -> Device:
+    """A memory's limit is what is free of it: caches are dealt by that. Of a GPU more is free, which others may use."""
+    free = device.free_bytes if size is None or device.kind == "cuda" else min(device.free_bytes, size)
+    return replace(device, free_bytes=free, limit_bytes=size)
+
+
+def _limited(devices: Sequence[Device], most: Mapping[str, int | None]) -> list[Device]:
     """With at most these bytes, None for what is free; what is not named takes nothing, but for the disk, which was
     allowed by itself. A plain number is a GPU's."""
     limits = {f"cuda:{name}" if name.isdecimal() else name: size for name, size in most.items()}
+    if len(limits) < len(most):
+        raise PlanError(f"--max-memory has a device twice, by its number and by its name: {', '.join(most)}")
     names = [device.name for device in devices]
     if unknown := [name for name in limits if name not in names]:
         raise PlanError(f"--max-memory names {', '.join(unknown)}, but the devices are {', '.join(names)}")
 
-    def limit(device: Device) -> int:
-        """Of a GPU a part is left to others, which the limit is not to lose as well."""
-        kept = int((1 - gpu_memory_utilization) * device.total_bytes) if device.kind == "cuda" else 0
-        size = limits.get(device.name)
-        return device.free_bytes if size is None else min(device.free_bytes, size + kept)
-
     return [
-        replace(device, free_bytes=limit(device))
+        _with_limit(device, limits.get(device.name))
         for device in devices
         if device.name in limits or device.kind == "disk"
     ]

@@ -94,12 +94,20 @@ def make_layout(
             load_timeout_s=load_timeout_s,
             collective_timeout_s=collective_timeout_s,
             store_port=store_port,
-            max_model_len=demand.max_model_len,
+            max_model_len=_longest_sequence(placement, device=device),
             settings=common,
         )
         for index, node in enumerate(nodes)
     )
     return Layout(assigns, _summary(config, sizes, placement, assigns[0]), placement)
+
+
+def _longest_sequence(placement: Placement, *, device: str) -> int:
+    """Tokens of the longest sequence that is taken. What a longer one gathers for attention has no room where all bytes
+    are the plan's: on GPUs, and in one process. CPU ranks have the memory that they find."""
+    most = placement.demand.max_model_len
+    is_planned = device == "cuda" or placement.method != "ranks"
+    return min(most, placement.longest_context) if is_planned else most
 
 
 def _stages(config: ModelConfig, placement: Placement) -> tuple[StageAssign, ...]:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from tpdist.control.devices import probed_devices, process_devices, rank_devices
 from tpdist.control.state import NodeFacts, node_id
-from tpdist.errors import PlanError
+from tpdist.errors import DoesNotFitError, PlanError
 from tpdist.plan.device_layers import parse_device_layers
 from tpdist.plan.device_map import MappedLayers, mapped_layers
 from tpdist.plan.inventory import make_inventory
@@ -18,6 +18,7 @@ from tpdist.plan.model_config import ModelConfig
 from tpdist.plan.placement import Demand, Device, Inventory, Objective, Placement
 from tpdist.plan.planner import plan_mapping, plan_ranks
 from tpdist.plan.shards import Weights
+from tpdist.plan.sizes import NOTHING_ELSE, Extra
 
 DEPRECATED = "--device-layers (-n) is deprecated: without it the layers are placed by what fits"
 
@@ -33,11 +34,11 @@ class OneProcess:
     max_memory: Mapping[str, int | None] | None
     disk: bool
     optimize: Objective | None = None
-    gpu_memory_utilization: float = 0.9
 
 
 ALONE = OneProcess(placement="exact", device_layers=None, device_map=None, max_memory=None, disk=False)
-"""What a single rank asks of the devices of its process when its own is too small."""
+"""What a single rank asks of the devices of its process when its own is too small, for the objective that was asked
+for."""
 
 
 def max_model_len(config: ModelConfig, asked: int | None) -> int:
@@ -68,25 +69,30 @@ def place(
     ranks: Inventory,
     process: Inventory | None,
     one_process: OneProcess | None,
-    first_extra_bytes: int = 0,
-    first_extra_activation_bytes: int = 0,
+    extra: Extra = NOTHING_ELSE,
 ) -> Placement:
     """Ranks on the devices of `ranks`, or what was asked of `one_process` over those of `process`. A single rank on a
     GPU that cannot hold the model has the other devices of its process too: then the layers go there as they would with
-    MISTRALRS_NO_NCCL=1. Raises SettingsError, PlanError or JoinError."""
-    extra = {"first_extra_bytes": first_extra_bytes, "first_extra_activation_bytes": first_extra_activation_bytes}
+    MISTRALRS_NO_NCCL=1, and what helps if those do not suffice either is what is said. Raises SettingsError, PlanError
+    or JoinError."""
     if one_process is not None:
         assert process is not None, "one process has devices"
-        return place_layers(config, weights, process, demand, one_process, **extra)
+        return place_layers(config, weights, process, demand, one_process, extra=extra)
     try:
-        return place_ranks(config, weights, ranks, demand, settings, **extra)
-    except PlanError as refusal:
+        return place_ranks(config, weights, ranks, demand, settings, extra=extra)
+    except DoesNotFitError as error:
         if process is None:
             raise
-        try:
-            return place_layers(config, weights, process, demand, ALONE, **extra)
-        except PlanError:
-            raise refusal from None
+        refusal = error
+    try:
+        return place_layers(
+            config, weights, process, demand, replace(ALONE, optimize=settings["optimize"]), extra=extra
+        )
+    except DoesNotFitError as error:
+        # What one process would help with has just been tried.
+        more_ranks = (each for each in refusal.helps if "MISTRALRS_NO_NCCL" not in each)
+        helps = dict.fromkeys((*more_ranks, *error.helps))
+        raise DoesNotFitError(error.message, helps=list(helps)) from error
 
 
 def place_ranks(
@@ -96,8 +102,7 @@ def place_ranks(
     demand: Demand,
     settings: Mapping[str, Any],
     *,
-    first_extra_bytes: int = 0,
-    first_extra_activation_bytes: int = 0,
+    extra: Extra = NOTHING_ELSE,
 ) -> Placement:
     """One rank on each device of `inventory`, as the plan settings say. Raises PlanError or JoinError."""
     shares, layers = settings["tensor_shares"], settings["pipeline_layers"]
@@ -111,8 +116,7 @@ def place_ranks(
         shares=tuple(shares) if isinstance(shares, list | tuple) else shares,
         stage_layers=None if layers is None else tuple(layers),
         objective=settings["optimize"] or "throughput",
-        first_extra_bytes=first_extra_bytes,
-        first_extra_activation_bytes=first_extra_activation_bytes,
+        extra=extra,
     )
 
 
@@ -123,8 +127,7 @@ def place_layers(
     demand: Demand,
     asked: OneProcess,
     *,
-    first_extra_bytes: int = 0,
-    first_extra_activation_bytes: int = 0,
+    extra: Extra = NOTHING_ELSE,
 ) -> Placement:
     """The layers over the devices of one process. Raises SettingsError or PlanError."""
     mapped = _mapped(asked, inventory, num_layers=config.num_hidden_layers)
@@ -138,8 +141,7 @@ def place_layers(
         head_first=mapped.head_first,
         objective=asked.optimize or "latency",
         allow_disk=asked.disk,
-        first_extra_bytes=first_extra_bytes,
-        first_extra_activation_bytes=first_extra_activation_bytes,
+        extra=extra,
     )
     if asked.device_layers is not None:
         placement = replace(placement, notes=(DEPRECATED, *placement.notes))
@@ -200,6 +202,5 @@ def process_inventory(node: NodeFacts, *, device: str, asked: OneProcess) -> Inv
             cpu_only=device == "cpu",
             disk=asked.disk,
             max_memory=asked.max_memory,
-            gpu_memory_utilization=asked.gpu_memory_utilization,
         )
     )

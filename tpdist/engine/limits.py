@@ -38,9 +38,9 @@ class Limits:
     def _capacity_in_words(self) -> str:
         cache = self.num_blocks * self.block_size
         if self.max_model_len <= cache:
-            return f"the model's limit is {self.max_model_len}, which includes at least one token of the answer"
+            return f"the longest sequence here has {self.max_model_len}, at least one of which is of the answer"
         return (
             f"the KV cache holds {cache} ({self.num_blocks} blocks of {self.block_size}), which includes at least one "
-            f"token of the answer; a larger --kv-cache-memory-bytes or --gpu-memory-utilization makes room for the "
-            f"model's limit of {self.max_model_len}"
+            f"token of the answer; a larger --kv-cache-memory-bytes or --gpu-memory-utilization makes room for up to "
+            f"{self.max_model_len}"
         )

@@ -190,6 +190,11 @@ def context_tokens(demand: Demand) -> int:
     return min(demand.max_seq_len, demand.max_model_len)
 
 
+def asks_too_much(demand: Demand) -> bool:
+    """Whether the user set longer sequences than max_model_len allows, which are then taken to be as long as that."""
+    return "max_seq_len" in demand.fixed and demand.max_seq_len > demand.max_model_len
+
+
 def demanded_tokens(demand: Demand) -> int:
     """Tokens, in whole blocks, that the cache must have room for."""
     return demand.max_batch_size * -(-context_tokens(demand) // demand.block_size) * demand.block_size

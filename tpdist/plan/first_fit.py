@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import NamedTuple
 
-from tpdist.errors import PlanError
+from tpdist.errors import DoesNotFitError, PlanError
 
 CPU = "cpu"
 MB = 1024 * 1024
@@ -87,7 +87,9 @@ def first_fit(
             warnings.append(_passed_over(memory, reserve + needs[next_layer], parameters))
     if left := needs[next_layer:]:
         if not cpu:
-            raise PlanError(_excess(sum(left) + (0 if placed else first_reserve), len(left), memories, parameters))
+            raise DoesNotFitError(
+                _excess(sum(left) + (0 if placed else first_reserve), len(left), memories, parameters)
+            )
         placed.append((CPU, len(left)))
     return FirstFit(tuple(placed), tuple(warnings))
 

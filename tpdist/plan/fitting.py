@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tpdist.plan.cache_budgets import cache_of, only_cpus
+from tpdist.plan.costs import context_tokens
 from tpdist.plan.cuts import NEVER, Goal, MachineRule, Rank, Tried, best_by_blocks, best_by_machine, overflow_of_runs
 from tpdist.plan.placement import Demand, Objective
 from tpdist.plan.places import Layout, Need
@@ -148,6 +149,10 @@ class Problem:
         """What the fullest device lacks."""
         return max(cache_of(self.layout, self._needs(found, demand), demand).shortfalls)
 
+    def holds(self, found: Found, demand: Demand) -> bool:
+        """Whether a cut fits, without its times."""
+        return self._lacks(found, demand) <= 0
+
     def settle(self, found: Found, demand: Demand) -> Fit:
         """A cut with its bytes, and its times whatever it was found for."""
         needs = self._needs(found, demand)
@@ -214,6 +219,26 @@ def first_that_fits(problems: Sequence[Problem], demand: Demand) -> Fit | None:
         if fit is not None:
             return fit
     return None
+
+
+def longest_context(fit: Fit) -> int:
+    """Tokens of the longest sequences with which this cut and its batch fit: whole blocks, or all of the model's
+    length. A step keeps more alive with a longer context, which leaves less for the cache."""
+    demand, size = fit.demand, fit.demand.block_size
+    problem = Problem(layout=fit.layout, objective="latency", fixed=(fit.found.places, fit.found.counts))
+
+    def fits(tokens: int) -> bool:
+        return problem.holds(fit.found, replace(demand, max_seq_len=tokens, fixed=demand.fixed | {"max_seq_len"}))
+
+    demanded = context_tokens(demand)
+    most = min(demand.max_model_len, fit.num_blocks // demand.max_batch_size * size)
+    if most <= demanded or fits(most):
+        return max(demanded, most)
+    low, high = demanded // size, (most - 1) // size
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle * size) else (low, middle - 1)
+    return max(demanded, low * size)
 
 
 def _runs(found: Found) -> list[Interval]:

@@ -15,6 +15,7 @@ from tpdist.settings_options import nearest
 from tpdist.settings_values import BYTE_UNITS, parse_bytes
 
 ONE_NODE = "node0"
+MAX_GPUS = 1024
 DEVICES_EXAMPLE = "2x80GiB,24GiB@1TB/s,cpu=64GiB"
 TIME_UNITS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "ns": 1e-9}
 BIT_UNITS = {"kbit": 10**3 / 8, "mbit": 10**6 / 8, "gbit": 10**9 / 8, "tbit": 10**12 / 8}
@@ -85,6 +86,8 @@ def _item(item: str, *, first: int) -> Iterator[Device]:
     if parts is None:
         raise ValueError("is no device")
     count, kind = int(parts[1] or 1), "cpu" if parts[2] else "cuda"
+    if count > MAX_GPUS:
+        raise ValueError(f"counts {count} devices, and one item may stand for {MAX_GPUS}")
     if count < 1 or (kind == "cpu" and parts[1]):
         raise ValueError("counts no device" if count < 1 else "counts a memory, of which a node has one")
     model = "" if re.match(r"[0-9.]", parts[3]) else parts[3].strip()

@@ -22,7 +22,15 @@ from typing import Any, TypeVar
 
 from tpdist.errors import SettingsError
 from tpdist.plan import devices as known
-from tpdist.plan.inventory import make_devices, make_inventory, memory_of, parse_rate, parse_seconds, parse_size
+from tpdist.plan.inventory import (
+    MAX_GPUS,
+    make_devices,
+    make_inventory,
+    memory_of,
+    parse_rate,
+    parse_seconds,
+    parse_size,
+)
 from tpdist.plan.placement import Device, Inventory, Link
 from tpdist.settings_options import nearest
 
@@ -128,8 +136,8 @@ def _kind(value: object) -> str:
 
 
 def _count(value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError("must be a whole number of at least 1, as 4")
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_GPUS:
+        raise ValueError(f"must be a whole number from 1 to {MAX_GPUS}, as 4")
     return value
 
 

@@ -16,14 +16,14 @@ from collections.abc import Sequence
 from tpdist.errors import PlanError
 from tpdist.plan.advice import WORTH_SAYING
 from tpdist.plan.exact_mapping import exact, fitting
-from tpdist.plan.first_fit_mapping import first_fit_layers
+from tpdist.plan.first_fit_mapping import first_fit_layers, with_own_reserves, with_real_devices
 from tpdist.plan.fitting import Fit
 from tpdist.plan.model_config import ModelConfig
 from tpdist.plan.one_process import Task, in_words, placed, refusal, weighed
 from tpdist.plan.placement import Demand, Inventory, Method, Objective, Placement
 from tpdist.plan.shards import Weights
 from tpdist.plan.shrinking import shrink_notes, shrunk
-from tpdist.plan.sizes import Extra, Model
+from tpdist.plan.sizes import NOTHING_ELSE, Extra, Model
 
 
 def plan_mapping(
@@ -37,17 +37,14 @@ def plan_mapping(
     head_first: bool = True,
     objective: Objective = "latency",
     allow_disk: bool = False,
-    first_extra_bytes: int = 0,
-    first_extra_activation_bytes: int = 0,
+    extra: Extra = NOTHING_ELSE,
 ) -> Placement:
     """Place the layers over the devices of one process, by one of the methods above.
 
     device_layers: for `manual`, (device, number of layers) in the order of the layers; with head_first, final norm and
     output go with the first of them, and not with the last. allow_disk: whether layers may
-    lie on the inventory's disk. first_extra_bytes and first_extra_activation_bytes: of what else stays on the first
-    device. Raises PlanError.
+    lie on the inventory's disk. extra: what else stays on the first device. Raises PlanError.
     """
-    extra = Extra(bytes=first_extra_bytes, activation_bytes=first_extra_activation_bytes)
     task = Task(Model(config, weights, extra), inventory, objective, allow_disk)
     if method == "exact":
         return exact(task, demand)
@@ -67,13 +64,14 @@ def _manual(task: Task, demand: Demand, device_layers: Sequence[tuple[str, int]]
 
 
 def _first_fit(task: Task, demand: Demand) -> Placement:
-    layers, warnings = first_fit_layers(task, demand)
-    problem = task.fixed(layers)
+    own = with_own_reserves(task)
+    layers, warnings = first_fit_layers(own, demand)
+    problem = own.fixed(layers)
     fit = shrunk([problem], demand)
     if fit is None:
         raise refusal([problem], demand)
     notes = shrink_notes(demand, fit, problem.closest(demand)) if fit.demand != demand else ()
-    return _beside_exact(task, fit, method="first-fit", notes=(*warnings, *notes))
+    return with_real_devices(_beside_exact(task, fit, method="first-fit", notes=(*warnings, *notes)), task)
 
 
 def _beside_exact(task: Task, fit: Fit, *, method: Method, notes: Sequence[str]) -> Placement:
@@ -87,12 +85,24 @@ def _beside_exact(task: Task, fit: Fit, *, method: Method, notes: Sequence[str])
     return placed(task, fit, method=method, notes=notes, rejected=rejected, advice=advice)
 
 
+def _why_not_there(name: str, names: Sequence[str]) -> str:
+    """And what to do."""
+    if name == "disk":
+        return "layers may not lie on the disk: --offload-folder FOLDER allows it"
+    listed = f"the devices are {', '.join(names)}" if names else "there are no devices"
+    if name == "cpu":
+        return (
+            f"{listed}: name its memory too (cpu=64GiB in --devices, cpu in --max-memory), or place all on the others"
+        )
+    return f"{listed}: name one of them"
+
+
 def _completed(task: Task, device_layers: Sequence[tuple[str, int]]) -> list[tuple[str, int]]:
     """With the layers that are left on the CPU. Raises PlanError for what the model or the devices do not have."""
     names, num_layers = [device.name for device in task.devices], task.model.num_layers
-    for name, _ in device_layers:
+    for name, count in device_layers:
         if name not in names:
-            raise PlanError(f"layers were placed on {name}, but there are only {', '.join(names) or 'no devices'}")
+            raise PlanError(f"{count} of {num_layers} layers are to be on {name}, but {_why_not_there(name, names)}")
     given = [(name, count) for name, count in device_layers if count > 0]
     left = num_layers - sum(count for _, count in given)
     if left < 0 or len({name for name, _ in given}) < len(given):

@@ -1,10 +1,11 @@
 """What placements over the devices of one process have in common: which devices there are in turn, as problems of
 search, and how what was found is shown, weighed, or refused."""
 
-from collections.abc import Iterator, Sequence
+from bisect import bisect_left
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from tpdist.errors import PlanError
+from tpdist.errors import DoesNotFitError
 from tpdist.plan import costs
 from tpdist.plan.amounts import amount
 from tpdist.plan.fitting import Fit, Problem
@@ -13,12 +14,15 @@ from tpdist.plan.orders import is_too_large
 from tpdist.plan.outcome import candidate, placement
 from tpdist.plan.placement import Candidate, Demand, Device, Inventory, Method, Objective, Placement
 from tpdist.plan.places import Layout, Place
-from tpdist.plan.refusal import common_helps, refuse
+from tpdist.plan.refusal import asked_cache_bytes, common_helps, flag_size, refuse
 from tpdist.plan.shards import Partition
 from tpdist.plan.shrinking import shrunk, smallest
 from tpdist.plan.sizes import Model
 
 ONE = Partition.even(1)
+
+CPU_SIZES = tuple(2**power for power in range(30, 43))
+"""What is tried of a CPU's memory when a user is told how much of it would do."""
 
 
 @dataclass(frozen=True)
@@ -51,11 +55,11 @@ class Task:
 
     def problem(self, devices: Sequence[Device], *, head_first: bool = False) -> Problem:
         """Any order of the GPUs, or theirs if there are too many different ones."""
-        kinds: dict[tuple[int, int, float], int] = {}
+        kinds: dict[Hashable, int] = {}
         gpus = [device for device in devices if device.kind == "cuda"]
         for device in gpus:
-            kinds.setdefault((device.total_bytes, device.free_bytes, device.bandwidth), len(kinds))
-        classes = [kinds[device.total_bytes, device.free_bytes, device.bandwidth] for device in gpus]
+            kinds.setdefault(_kind(device), len(kinds))
+        classes = [kinds[_kind(device)] for device in gpus]
         num_last = len(devices) - len(gpus)
         classes += range(len(kinds), len(kinds) + num_last)
         return Problem(
@@ -77,6 +81,11 @@ class Task:
             objective=self.objective,
             fixed=(tuple(names.index(name) for name, _ in layers), tuple(count for _, count in layers)),
         )
+
+
+def _kind(device: Device) -> Hashable:
+    """What makes two GPUs the same to a placement."""
+    return device.total_bytes, device.free_bytes, device.bandwidth, device.limit_bytes
 
 
 def placed(
@@ -138,7 +147,7 @@ def _lost(before: Demand, after: Demand) -> tuple[int, int, int]:
     )
 
 
-def refusal(problems: Sequence[Problem], demand: Demand) -> PlanError:
+def refusal(problems: Sequence[Problem], demand: Demand) -> DoesNotFitError:
     """Of the closest that any of `problems`, which have the same devices, comes to fitting."""
 
     def fits(changed: Demand) -> Demand | None:
@@ -147,26 +156,65 @@ def refusal(problems: Sequence[Problem], demand: Demand) -> PlanError:
 
     fit = closest(problems, smallest(demand))
     helps = list(common_helps(demand, fits))
-    kinds = {place.devices[0].kind for place in problems[0].layout.places}
-    if problems[0].fixed is not None and (other := best(_searched(problems), demand)):
-        helps.append(f"another placement would fit: {in_words(other)}")
-    if demand.kv_cache_memory_bytes is None and fits(replace(demand, kv_cache_memory_bytes=_cache_bytes(fit, demand))):
+    cache = asked_cache_bytes(fit, demand)
+    if demand.kv_cache_memory_bytes is None and fits(replace(demand, kv_cache_memory_bytes=cache)):
         helps.append(
-            f"--kv-cache-memory-bytes {_cache_bytes(fit, demand)} would fit: without it the caches on the CPU "
-            f"take a quarter of what is free, at most {amount(DEFAULT_CPU_CACHE_BYTES)}"
+            f"--kv-cache-memory-bytes {cache} would fit: without it the caches on the CPU take a quarter of what is "
+            f"free, at most {amount(DEFAULT_CPU_CACHE_BYTES)}"
         )
-    if "cpu" not in kinds:
-        helps.append("a CPU among the devices would take the layers that do not fit")
-    elif "disk" not in kinds:
-        helps.append("--offload-folder FOLDER lets layers lie on the disk, which is slowest")
-    return refuse(fit, before=demand, helps=helps)
+    return refuse(fit, before=demand, helps=[*helps, *_with_more(problems[0], demand)])
 
 
-def _cache_bytes(fit: Fit, demand: Demand) -> int:
-    """Of the caches on all devices together, for what is demanded."""
-    return costs.demanded_tokens(demand) * sum(need.token_bytes for need in fit.needs)
+def _with_more(problem: Problem, demand: Demand) -> Iterator[str]:
+    """What would help beside smaller numbers: leave for any cut, the limits of GPUs lifted, more memory, or the disk.
+    Each is tried."""
+    layout, given = problem.layout, ""
+    kinds = {place.devices[0].kind for place in layout.places}
+    task = Task(layout.model, layout.inventory, problem.objective, allow_disk="disk" in kinds)
+    if problem.fixed is not None:
+        given = "without --device-layers (-n), --device-map or --placement first-fit "
+        if fit := best(task.problems(task.devices), demand):
+            yield f"{given}it would fit: {in_words(fit)}"
+            return
+    limited = any(device.limit_bytes is not None for device in task.devices)
+    if limited and _fits(_with(task, [_unlimited(device) for device in task.devices]), demand):
+        yield f"{given}--max-memory that allows the GPUs more would fit"
+    if (size := least_cpu_bytes(task, demand)) is not None:
+        where = "cpu={} in --max-memory" if limited else "a CPU with {} among the devices"
+        yield f"{given}{where.format(flag_size(size))} would take the layers that do not fit"
+    if "disk" not in kinds and "cpu" in kinds and _fits(_with_disk(task), demand):
+        yield f"{given}--offload-folder FOLDER would fit: it lets layers lie on the disk, which is slowest"
 
 
-def _searched(problems: Sequence[Problem]) -> list[Problem]:
-    """The same devices, with any cut of the layers."""
-    return [replace(problem, fixed=None) for problem in problems]
+def least_cpu_bytes(task: Task, demand: Demand) -> int | None:
+    """The least of CPU_SIZES that would hold what the other devices cannot; None if none does."""
+    have = max((device.free_bytes for device in task.devices if device.kind == "cpu"), default=0)
+    sizes = [size for size in CPU_SIZES if size > have]
+    if not sizes or not _fits(_with_cpu(task, sizes[-1]), demand):
+        return None
+    first = bisect_left(sizes, True, key=lambda size: _fits(_with_cpu(task, size), demand))
+    return int(sizes[first])
+
+
+def _fits(task: Task, demand: Demand) -> bool:
+    """Whether a placement does when all has shrunk that may."""
+    least = smallest(demand)
+    return any(problem.fit(least) is not None for problem in task.problems(task.devices))
+
+
+def _with(task: Task, devices: Sequence[Device]) -> Task:
+    return replace(task, inventory=replace(task.inventory, devices=tuple(devices)))
+
+
+def _unlimited(device: Device) -> Device:
+    return replace(device, limit_bytes=None) if device.kind == "cuda" else device
+
+
+def _with_cpu(task: Task, size: int) -> Task:
+    cpu = replace(task.devices[0], name="cpu", kind="cpu", total_bytes=size, free_bytes=size, limit_bytes=None)
+    return _with(task, [*(device for device in task.devices if device.kind != "cpu"), cpu])
+
+
+def _with_disk(task: Task) -> Task:
+    disk = replace(task.devices[0], name="disk", kind="disk", total_bytes=2**60, free_bytes=2**60, limit_bytes=None)
+    return replace(_with(task, [*task.devices, disk]), allow_disk=True)

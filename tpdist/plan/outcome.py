@@ -3,7 +3,8 @@
 import math
 from collections.abc import Sequence
 
-from tpdist.plan.fitting import Fit
+from tpdist.plan import costs
+from tpdist.plan.fitting import Fit, longest_context
 from tpdist.plan.placement import Candidate, Device, DevicePlan, Method, Objective, Placement
 from tpdist.plan.places import Need, usable_bytes
 from tpdist.plan.shards import Interval
@@ -33,13 +34,26 @@ def placement(
         pp_size=len(fit.found.places),
         stage_layers=tuple(need.layers for need in fit.needs if need.tp_rank == 0),
         shares=tuple(fit.layout.places[place].partition.shares for place in fit.found.places),
-        longest_context=min(fit.demand.max_model_len, fit.num_blocks * fit.demand.block_size),
+        longest_context=longest_context(fit),
         latency_s=fit.latency_s,
         slowest_stage_s=fit.slowest_stage_s,
         rejected=tuple(rejected),
-        notes=tuple(notes),
+        notes=(*_cut_context(fit), *notes),
         advice=tuple(advice),
         extra={"num_blocks": fit.num_blocks},
+    )
+
+
+def _cut_context(fit: Fit) -> tuple[str, ...]:
+    """A sentence where the user asked for longer sequences than there can be."""
+    demand = fit.demand
+    if not costs.asks_too_much(demand):
+        return ()
+    architecture = fit.layout.model.config.architecture
+    limit = "--max-model-len" if "max_model_len" in demand.fixed else f"what {architecture} supports"
+    return (
+        f"--max-seq-len {demand.max_seq_len} is more than {limit}: planned for {demand.max_model_len} tokens of one "
+        "sequence",
     )
 
 

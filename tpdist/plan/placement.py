@@ -19,7 +19,8 @@ Method = Literal["ranks", "exact", "first-fit", "manual"]
 @dataclass(frozen=True, kw_only=True)
 class Device:
     """One device, or the memory of a machine (`kind` cpu), or its disk. `name` is torch's, such as cuda:0, and unique
-    on its node. `bandwidth`: bytes per second that it reads its memory with."""
+    on its node. `bandwidth`: bytes per second that it reads its memory with. `limit_bytes`: the most that its user lets
+    be used of it."""
 
     name: str
     kind: Literal["cuda", "cpu", "disk"]
@@ -27,6 +28,7 @@ class Device:
     total_bytes: int
     free_bytes: int
     bandwidth: float
+    limit_bytes: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,10 +123,11 @@ class Candidate:
 @dataclass(frozen=True, kw_only=True)
 class Placement:
     """What will run. `shares` are the tensor-parallel weights of each stage's ranks. In one process the stages are the
-    devices that have layers, in their order, and `devices` has the others behind them. `longest_context`: tokens of one
-    sequence that the cache holds, at most the model's. `notes`: what was shrunk or decided for the user, a sentence
-    each. `advice`: what would be faster or roomier, a sentence each. `demand` is what is left of the user's after
-    shrinking. `extra`: "num_blocks", of the cache on every device."""
+    devices that have layers, in their order, and `devices` has the others behind them. `longest_context`: tokens of the
+    longest sequences, `max_batch_size` of them at once, that fit by all bytes that are counted, at most the model's.
+    `notes`: what was shrunk or decided for the user, a sentence each. `advice`: what would be faster or roomier, a
+    sentence each. `demand` is what is left of the user's after shrinking. `extra`: "num_blocks", of the cache on every
+    device."""
 
     architecture: str
     method: Method

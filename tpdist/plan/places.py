@@ -173,6 +173,7 @@ class Layout:
                 device.kind,
                 device.total_bytes,
                 device.free_bytes,
+                device.limit_bytes,
                 nodes.index(device.node),
                 self.local_ranks[device.node],
             )
@@ -262,7 +263,7 @@ class Layout:
             kind = place.devices[rank].kind
             peaks.append(costs.logits_bytes(config, place.partition, rank, demand, kind=kind))
         if is_first:
-            peaks.append(extra.activation_bytes)
+            peaks.append(extra.peak_bytes(demand))
         return max(peaks)
 
     def _communication(self, place: Place, rank: int, demand: Demand, *, is_first: bool, is_last: bool) -> int:
@@ -301,10 +302,11 @@ class Layout:
 
 def usable_bytes(device: Device, demand: Demand) -> int:
     """What may be used of a device at all."""
-    if device.kind != "cuda":
-        return device.free_bytes
-    return cuda_usable_bytes(
-        free_bytes=device.free_bytes,
-        total_bytes=device.total_bytes,
-        gpu_memory_utilization=demand.gpu_memory_utilization,
-    )
+    usable = device.free_bytes
+    if device.kind == "cuda":
+        usable = cuda_usable_bytes(
+            free_bytes=device.free_bytes,
+            total_bytes=device.total_bytes,
+            gpu_memory_utilization=demand.gpu_memory_utilization,
+        )
+    return usable if device.limit_bytes is None else min(usable, device.limit_bytes)

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from tpdist.errors import PlanError
+from tpdist.errors import DoesNotFitError, PlanError
 from tpdist.plan import layouts
 from tpdist.plan.advice import advise, flags, reason_for, repeated_bytes, roomier
 from tpdist.plan.amounts import amount
@@ -19,13 +19,15 @@ from tpdist.plan.fitting import Fit, Problem, first_that_fits
 from tpdist.plan.mapping import plan_mapping
 from tpdist.plan.memory import DTYPE_BYTES, weight_bytes
 from tpdist.plan.model_config import ModelConfig
+from tpdist.plan.one_process import Task as ProcessTask
+from tpdist.plan.one_process import least_cpu_bytes
 from tpdist.plan.outcome import candidate, impossible, placement
 from tpdist.plan.placement import Candidate, Demand, Device, Inventory, Objective, Placement
 from tpdist.plan.places import Layout, Place, usable_bytes
-from tpdist.plan.refusal import common_helps, refuse
+from tpdist.plan.refusal import common_helps, flag_size, refuse
 from tpdist.plan.shards import Partition, Weights
 from tpdist.plan.shrinking import shrink_notes, shrunk, smallest
-from tpdist.plan.sizes import Extra, Model
+from tpdist.plan.sizes import NOTHING_ELSE, Extra, Model
 from tpdist.plan.stages import stages_of
 
 __all__ = ["plan_mapping", "plan_ranks"]
@@ -47,22 +49,22 @@ def plan_ranks(
     shares: GivenShares,
     stage_layers: tuple[int, ...] | None,
     objective: Objective = "throughput",
-    first_extra_bytes: int = 0,
-    first_extra_activation_bytes: int = 0,
+    extra: Extra = NOTHING_ELSE,
 ) -> Placement:
     """Place a model on one rank for each device, in the order of `inventory`: on its GPUs, or on all if it has none.
 
     Sizes that are None are decided here (layouts.sizes). shares: how a stage's ranks divide its weights, evenly if
     None; `auto` is by their usable memory; else a number for each rank of a stage, or of all stages. stage_layers: by
-    stage, else the best for `objective`. first_extra_bytes and first_extra_activation_bytes: of what else stays on the
-    first stage, on each of its ranks. Raises PlanError or JoinError.
+    stage, else the best for `objective`. extra: what else stays on the first stage, on each of its ranks.
+    Raises PlanError or JoinError.
     """
     devices = _rank_devices(inventory)
+    sizes = {"--tensor-parallel-size": tp_size, "--pipeline-parallel-size": pp_size if stage_layers is None else None}
     if pp_size is None and stage_layers is not None:
         pp_size = len(stage_layers)
     tp_size, pp_size, notes = layouts.sizes(config, len(devices), tp_size=tp_size, pp_size=pp_size)
-    extra = Extra(bytes=first_extra_bytes, activation_bytes=first_extra_activation_bytes)
-    task = _Task(Model(config, weights, extra), inventory, devices, shares, objective)
+    given = tuple(flag for flag, size in sizes.items() if size not in (None, 1))
+    task = _Task(Model(config, weights, extra), inventory, devices, shares, objective, given)
     problems = task.problems(tp_size, pp_size, demand, stage_layers=stage_layers)
     fit = shrunk(problems, demand)
     if fit is None:
@@ -87,13 +89,15 @@ def plan_ranks(
 
 @dataclass(frozen=True)
 class _Task:
-    """What all layouts of one call have in common."""
+    """What all layouts of one call have in common. `given_sizes`: the flags that were given and ask for several
+    ranks."""
 
     model: Model
     inventory: Inventory
     devices: tuple[Device, ...]
     shares: GivenShares
     objective: Objective
+    given_sizes: tuple[str, ...]
 
     def problems(
         self,
@@ -129,6 +133,11 @@ class _Task:
         if self.shares == "auto":
             return layouts.shares_by_memory(self.devices, demand, tp_size=tp_size)
         return [layouts.stage_shares(self.shares, tp_size=tp_size, pp_size=pp_size, asked=asked)]
+
+    def shares_suit(self, other: Fit) -> bool:
+        """Whether the shares that were given are for as many ranks as `other` has."""
+        num_ranks = (len(other.layout.places[0].devices), len(self.devices))
+        return not isinstance(self.shares, tuple) or len(self.shares) in num_ranks
 
     def _layout(self, shares: layouts.Shares) -> Layout:
         tp_size = len(shares[0])
@@ -181,7 +190,7 @@ def _notes(fit: Fit) -> tuple[str, ...]:
     )
 
 
-def _refusal(task: _Task, problems: Sequence[Problem], demand: Demand) -> PlanError:
+def _refusal(task: _Task, problems: Sequence[Problem], demand: Demand) -> DoesNotFitError:
     """Of the closest that the layout comes to fitting, with what would help."""
     closest = min((problem.closest(smallest(demand)) for problem in problems), key=lambda fit: fit.shortfall_bytes)
     return refuse(closest, before=demand, helps=list(_helps(task, problems, closest, demand)))
@@ -194,24 +203,42 @@ def _helps(task: _Task, problems: Sequence[Problem], closest: Fit, demand: Deman
 
     if problems[0].fixed is not None and (fit := shrunk(_searched(problems), demand)):
         yield f"{', '.join(map(str, fit.found.counts))} layers on the stages would fit"
+    size, stages = closest.layout.places[0].partition.size, len(closest.layout.places)
+    layers = None if problems[0].fixed is None else problems[0].fixed[1]
+    by_hand = () if layers is None else ("--pipeline-layers",)
+    shares = () if task.shares is None else ("--tensor-shares",)
     if (
         len({(device.total_bytes, device.free_bytes) for device in task.devices}) > 1
         and task.shares != "auto"
-        and closest.layout.places[0].partition.size > 1
+        and size > 1
+        and shrunk(replace(task, shares="auto").problems(size, stages, demand, stage_layers=layers), demand)
     ):
-        size, stages = closest.layout.places[0].partition.size, len(closest.layout.places)
-        by_memory = replace(task, shares="auto").problems(size, stages, demand)
-        if shrunk(by_memory, demand):
-            yield "shares in proportion to the devices' memory (auto) would fit"
+        yield "shares in proportion to the devices' memory (auto) would fit"
     least = smallest(demand)
-    sizes = (closest.layout.places[0].partition.size, len(closest.layout.places))
-    for other in task.others(*sizes, least):
+    for other in task.others(size, stages, least):
         if isinstance(other, Fit) and not other.shortfall_bytes:
-            yield f"{flags(other)} would fit"
+            yield f"{_without(by_hand if task.shares_suit(other) else by_hand + shares)}{flags(other)} would fit"
     yield from common_helps(demand, fits)
-    yield _more_devices(task, closest, least)
-    if len({device.node for device in task.devices}) == 1 and task.devices[0].kind == "cuda":
-        yield "MISTRALRS_NO_NCCL=1 places the layers that do not fit on the CPU of this machine, which is slower"
+    yield _without(by_hand + shares) + _more_devices(task, closest, least)
+    yield from (_without(task.given_sizes + by_hand + shares) + each for each in _on_the_cpu(task, least))
+
+
+def _without(flags: Sequence[str]) -> str:
+    """What was given and must be left out for what follows."""
+    return f"without {', '.join(flags)}: " if flags else ""
+
+
+def _on_the_cpu(task: _Task, demand: Demand) -> Iterator[str]:
+    """What one process with all GPUs of a machine and its memory would do, which is tried."""
+    if len({device.node for device in task.devices}) > 1 or task.devices[0].kind != "cuda":
+        return
+    inventory = replace(task.inventory, devices=task.devices)
+    size = least_cpu_bytes(ProcessTask(task.model, inventory, task.objective, allow_disk=False), demand)
+    if size is not None:
+        yield (
+            "MISTRALRS_NO_NCCL=1 places the layers that do not fit on the CPU, which is slower: "
+            f"{flag_size(size)} of its memory would do"
+        )
 
 
 def _more_devices(task: _Task, closest: Fit, demand: Demand) -> str:

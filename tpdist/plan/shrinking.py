@@ -8,10 +8,10 @@ are never fewer sequences than max_batch_size, which does not shrink.
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from tpdist.plan.amounts import amount
 from tpdist.plan.costs import context_tokens
 from tpdist.plan.fitting import Fit, Problem, first_that_fits
 from tpdist.plan.placement import Demand
+from tpdist.plan.refusal import lacked
 
 
 def shrunk(problems: Sequence[Problem], demand: Demand) -> Fit | None:
@@ -38,8 +38,7 @@ def smallest(demand: Demand) -> Demand:
 
 def shrink_notes(before: Demand, fit: Fit, lacking: Fit) -> tuple[str, ...]:
     """A sentence for each number that shrank from `before`, of which `lacking` is the fit that did not work out."""
-    worst, after = lacking.worst, fit.demand
-    why = f"{worst.device.name} on {worst.device.node} lacked {amount(lacking.shortfall_bytes)}"
+    after, why = fit.demand, lacked(lacking)
     pairs = (
         ("max_seq_len", context_tokens(before), context_tokens(after), "tokens"),
         ("max_num_batched_tokens", before.max_num_batched_tokens, after.max_num_batched_tokens, "tokens"),

@@ -12,10 +12,22 @@ from tpdist.plan.shards import Partition, Weights
 
 @dataclass(frozen=True, kw_only=True)
 class Extra:
-    """What stays on the first device besides the decoder, such as an image encoder."""
+    """What stays on the first device besides the decoder: weights, and what it keeps alive at its fullest, which with a
+    `tower` the demand's images decide."""
 
     bytes: int = 0
     activation_bytes: int = 0
+    tower: costs.VisionTower | None = None
+
+    @staticmethod
+    def of(tower: costs.VisionTower | None) -> "Extra":
+        return Extra() if tower is None else Extra(bytes=tower.parameter_bytes, tower=tower)
+
+    def peak_bytes(self, demand: Demand) -> int:
+        return self.activation_bytes if self.tower is None else costs.vision_bytes(self.tower, demand)[1]
+
+
+NOTHING_ELSE = Extra()
 
 
 class Model:
