@@ -6,6 +6,8 @@
 # RANKS_PER_NODE (1), HEAD_PORT (7100) and HTTP_PORT (8000: node n answers on HTTP_PORT + n) may be set.
 # Ctrl-C stops all nodes. Ends with the code of the first node, head first, that failed.
 set -euo pipefail
+# Each node has a process group of its own: a signal to all of this script's reaches it once, through the trap.
+set -m
 
 if [ $# -lt 2 ]; then
     sed -n '2,7s/^# \{0,1\}//p' "$0" >&2
@@ -17,7 +19,10 @@ ranks=${RANKS_PER_NODE:-1} head_port=${HEAD_PORT:-7100} http_port=${HTTP_PORT:-8
 
 export MISTRALRS_MN_GLOBAL_WORLD_SIZE=$((nodes * ranks)) MISTRALRS_MN_LOCAL_WORLD_SIZE=$ranks
 pids=()
-trap 'kill -TERM "${pids[@]}" 2>/dev/null || true' INT TERM
+for name in INT TERM HUP; do
+    # shellcheck disable=SC2064
+    trap "kill -$name \"\${pids[@]}\" 2>/dev/null || true" "$name"
+done
 
 MISTRALRS_MN_HEAD_NUM_WORKERS=$((nodes - 1)) MISTRALRS_MN_HEAD_PORT=$head_port \
     tpdist serve "$model" --port "$http_port" "$@" &

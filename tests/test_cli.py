@@ -1,5 +1,6 @@
 """The frame of the command line: help, wrong usage, exit codes, and flags that come from settings."""
 
+import errno
 import resource
 import subprocess
 import sys
@@ -95,6 +96,7 @@ def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) 
         (["status", "--ulr", "x"], ["no option --ulr", "nearest is --url", "`tpdist status -h`"]),
         (["keygen"], ["Missing argument 'FILE'"]),
         (["trial"], ["Missing argument 'MODEL'"]),
+        (["trial", ""], ["MODEL is empty", "`tpdist trial -h`"]),
         (["trial", "m", "--max-model-length", "1"], ["no option --max-model-length", "nearest is --max-model-len"]),
         (["trial", "m", "--port", "x"], ["--port=x", "integer"]),
         (["trial", "m", "--worker-id", "0"], ["MISTRALRS_MN_WORKER_SERVER_ADDR"]),
@@ -132,6 +134,62 @@ def test_an_error_ends_with_its_code_and_without_a_traceback(
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), InterruptedByUser("")])
 def test_an_interrupt_ends_with_130(error: BaseException, run_failing: Callable[..., int]) -> None:
     assert run_failing(error) == 130
+
+
+def test_an_interrupt_says_by_what_if_that_is_known(
+    run_failing: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_failing(InterruptedByUser("SIGTERM on head"))
+    assert capsys.readouterr().err == "error: interrupted by SIGTERM on head\n"
+    run_failing(InterruptedByUser(""))
+    assert capsys.readouterr().err == "error: interrupted\n"
+
+
+def test_too_many_open_files_are_no_bug_but_a_limit_to_raise(
+    run_failing: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_failing(OSError(errno.EMFILE, "Too many open files")) == 2
+    assert "`ulimit -n 65536`" in (err := capsys.readouterr().err)
+    assert "bug" not in err
+
+
+def test_a_working_directory_that_has_been_deleted_is_named(
+    run_failing: Callable[..., int],
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    assert run_failing(FileNotFoundError(errno.ENOENT, "No such file or directory")) == 2
+    assert "the working directory has been deleted" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["-h"], ["probe", "--json"], ["plan", "-h"]])
+def test_output_that_cannot_be_written_is_said_in_one_line(words: list[str]) -> None:
+    with open("/dev/full", "wb") as full:
+        command = [sys.executable, "-m", "tpdist", *words]
+        result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert result.returncode == 2
+    assert result.stderr == (
+        "error: cannot write the output: No space left on device; free space there, or write elsewhere\n"
+    )
+
+
+def test_an_error_of_a_command_that_does_not_write_stays_a_bug(run_failing: Callable[..., int]) -> None:
+    assert run_failing(OSError(errno.ENOSPC, "No space left on device")) == 1
+
+
+def test_debug_shows_the_traceback_of_a_command_that_cannot_even_be_loaded(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(COMMANDS, "absent", LazyCommand("tpdist.no_such_module:absent", "Absent."))
+    assert run(["absent"]) == 1
+    assert "Traceback" not in capsys.readouterr().err
+    assert run(["absent", "--debug"]) == 1
+    assert "Traceback" in capsys.readouterr().err
 
 
 def test_a_bug_ends_with_1_and_asks_for_a_report(

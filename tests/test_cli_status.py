@@ -96,6 +96,27 @@ def test_the_first_token_of_the_key_file_is_sent(
     assert {token for _, token in server.asked} == {"Bearer first"}
 
 
+def test_the_key_file_is_read_as_the_server_reads_it(
+    server: Answer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    keys = tmp_path / "keys"
+    keys.write_bytes(b"# of the \xff\n\n  first key \nsecond\n")
+    assert run(["status", "--url", server.url, "--api-key-file", str(keys)]) == 0
+    assert {key for _, key in server.asked} == {"Bearer first key"}
+    keys.write_bytes("ok\n\u20ac".encode())
+    assert run(["status", "--url", server.url, "--api-key-file", str(keys)]) == 2
+    assert f"{keys}, line 2: a key must be printable ASCII" in capsys.readouterr().err
+
+
+def test_a_key_that_the_server_refuses_is_told_from_none(
+    server: Answer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.status = 401
+    (keys := tmp_path / "keys").write_text("wrong\n")
+    assert run(["status", "--url", server.url, "--api-key-file", str(keys)]) == 2
+    assert f"the key in {keys} was refused" in capsys.readouterr().err
+
+
 def test_a_server_that_wants_a_token_is_reported_with_the_flag(
     server: Answer, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -129,9 +150,47 @@ def test_a_server_that_does_not_answer_is_given_up_after_the_timeout(capsys: pyt
     assert "timed out" in capsys.readouterr().err
 
 
-def test_a_url_that_is_no_url_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["status", "--url", "localhost:8000"]) == 2
-    assert "http://" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("url", "problem"),
+    [
+        ("localhost:8000", "it must start with http:// or https://"),
+        ("", "it must start with http:// or https://"),
+        ("http://[::1", "Invalid IPv6 URL"),
+        (f"http://{'a' * 70}.example", "one of more than 63 characters"),
+        ("http://127.0.0.1:abc", "'abc'"),
+        ("http://127.0.0.1:99999", "Port out of range 0-65535"),
+        ("http://127.0.0.1:0", "port 0 is nobody's"),
+        ("http://:8000", "it names no host"),
+        ("http://a b", "it holds a space"),
+        ("http://127.0.0.1/\u20ac", "its path is not ASCII"),
+        ("http://127.0.0.1:8000?x", "it must end with the port or a path"),
+    ],
+)
+def test_a_url_that_is_no_url_is_refused_before_anybody_is_asked(
+    url: str, problem: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["status", "--url", url]) == 2
+    assert f"--url {url!r}: " in (err := capsys.readouterr().err)
+    assert problem in err
+    assert "as http://10.0.0.1:8000" in err
+
+
+def test_a_server_that_sends_its_clients_to_no_address_is_not_reached(capsys: pytest.CaptureFixture[str]) -> None:
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(302)
+            self.send_header("Location", "http://[::1")
+            self.end_headers()
+
+        def log_message(self, format: str, *args: object) -> None:
+            """Keep stderr for the command."""
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as http:
+        thread = threading.Thread(target=http.handle_request)
+        thread.start()
+        assert run(["status", "--url", f"http://127.0.0.1:{http.server_port}"]) == 5
+        thread.join(timeout=10)
+    assert "cannot reach" in capsys.readouterr().err
 
 
 METRICS = b"""# TYPE tpdist_num_requests_running gauge
@@ -139,6 +198,7 @@ tpdist_num_requests_running 3.0
 tpdist_num_requests_waiting 12.0
 tpdist_kv_cache_usage_perc 0.25
 tpdist_ranks_expected 2.0
+tpdist_standbys 1.0
 tpdist_last_epoch_abort_age_seconds 300.0
 tpdist_weight_load_seconds{node="head",rank="0"} 1.5
 """
@@ -158,7 +218,7 @@ def test_status_shows_what_the_metrics_tell(server: Answer, capsys: pytest.Captu
     server.others["/metrics"] = METRICS
     assert run(["status", "--url", server.url]) == 0
     text = capsys.readouterr().out
-    for words in ("1 of 2 ranks ready", "3 requests running, 12 waiting", "KV cache 25% used", "ended 5 min ago"):
+    for words in ("1 of 2 ranks ready; 1 standby; ", "3 requests running, 12 waiting", "KV cache 25% used", "ended 5 min ago"):
         assert words in text
 
 

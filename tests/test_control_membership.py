@@ -415,7 +415,7 @@ def test_a_dead_rank_ends_every_node_with_its_last_lines() -> None:
     head.be_ready()
     gone = RankGone(rank=1, exit_code=6, cause="was killed by SIGKILL", last_lines=("a", "b"))
     head.hear("worker 0", gone)
-    cause = "rank 1 on worker 0 (host-worker 0, pid 100): was killed by SIGKILL\n  | a\n  | b"
+    cause = "rank 1 on worker 0 (host-worker 0, pid 1001): was killed by SIGKILL\n  | a\n  | b"
     for instance in ("head", "worker 0"):
         assert head.told(instance, Shutdown) == [Shutdown(exit_code=6, cause=cause)]
 
@@ -436,7 +436,7 @@ def test_a_rank_that_only_lost_its_peers_waits_for_the_first_cause() -> None:
     head.wait(1, alive=["head", "worker 0"])
     assert head.state.outcome is None
     head.hear("worker 0", RankGone(rank=1, exit_code=3, cause="out of memory"))
-    assert head.state.outcome == (3, "rank 1 on worker 0 (host-worker 0, pid 100): out of memory")
+    assert head.state.outcome == (3, "rank 1 on worker 0 (host-worker 0, pid 1001): out of memory")
 
 
 def test_a_broken_collective_blames_the_node_that_fell_silent() -> None:
@@ -460,7 +460,7 @@ def test_a_broken_collective_with_all_nodes_alive_is_the_cause_after_a_grace_tim
     head.wait(1.5, alive=["head", "worker 0"])
     assert head.state.outcome is None, "the agent that watches the first rank to die needs time to say so"
     head.wait(1, alive=["head", "worker 0"])
-    assert head.state.outcome == (6, "rank 0 on head (host-head, pid 100): all_reduce failed")
+    assert head.state.outcome == (6, "rank 0 on head (host-head, pid 1000): all_reduce failed")
 
 
 @pytest.mark.parametrize(("code", "expected"), [(0, 6), (4, 4), (130, 130)])

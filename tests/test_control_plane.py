@@ -537,7 +537,7 @@ def test_a_dead_rank_ends_all_nodes_and_fails_what_runs(tmp_path: Path) -> None:
                 with pytest.raises(RequestError, match=r"(?s)rank 1 on worker 0.*was killed by SIGKILL") as caught:
                     await stream
                 assert caught.value.status == 503
-            expected = (6, "rank 1 on worker 0 (host-worker 0, pid 100): was killed by SIGKILL")
+            expected = (6, "rank 1 on worker 0 (host-worker 0, pid 1): was killed by SIGKILL")
             assert await head.outcome() == await worker.outcome() == Outcome(*expected)
             assert await cluster.outcome() == expected
             assert head.ranks.num_stops == worker.ranks.num_stops == 1
@@ -741,6 +741,29 @@ def test_a_resolver_that_does_not_answer_does_not_stop_a_node_that_lost_its_head
     run(main())
 
 
+@pytest.mark.parametrize("told_by_head", [False, True])
+def test_a_worker_that_was_to_end_does_not_look_for_a_lost_head(tmp_path: Path, told_by_head: bool) -> None:
+    async def main() -> None:
+        async with cluster_of(tmp_path, num_workers=1) as first:
+            head = first.join(None)
+            worker = first.join(0, comes_back=True)
+            await worker.agent.wait_ready()
+            engine = await first.engine()
+            stream = asyncio.create_task(tokens_of(worker.agent.generate(request_of("r"))))
+            await engine.requests.get()
+            await (head if told_by_head else worker).agent.leave(DrainRequest(reason="SIGTERM"))
+            await worker.agent.wait_until(lambda state: state.state == "draining")
+            first.nodes.remove(worker)
+        outcome = await worker.outcome()
+        worker.agent.close()
+        assert outcome.exit_code == 0
+        assert outcome.cause.endswith("while this node was to end")
+        with pytest.raises(RequestError):
+            await stream
+
+    run(main())
+
+
 def test_a_worker_whose_head_does_not_come_back_says_so(tmp_path: Path) -> None:
     async def main() -> None:
         async with cluster_of(tmp_path, num_workers=1) as first:
@@ -811,9 +834,27 @@ def test_a_node_that_has_not_joined_ends_by_itself_when_asked(tmp_path: Path) ->
     async def main() -> None:
         node = Node(f"ipc://{tmp_path}/nobody.sock", 0)
         await asyncio.sleep(0.1)
-        await node.agent.drain(DrainRequest(reason="SIGINT", immediate=True, exit_code=130))
+        await node.agent.leave(DrainRequest(reason="SIGINT", immediate=True, exit_code=130))
         assert await node.outcome() == Outcome(130, "SIGINT")
         node.agent.close()
+
+    run(main())
+
+
+def test_a_node_without_a_place_cannot_end_the_cluster_and_leaves_alone(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with ready_cluster(tmp_path, max_restarts=3) as (cluster, _, head, _):
+            standby = cluster.join(None, instance="spare", register={"standby": True}, standby=True)
+            second = cluster.join(0, instance="second")
+            await within(DEADLINE_S / 2, standby.agent.wait_ready())
+            await second.agent.wait_until(lambda state: "worker 0 is already here" in state.reason)
+            for node in (standby, second):
+                with pytest.raises(RequestError, match="this node has no place in the cluster") as caught:
+                    await node.agent.drain(DrainRequest(reason="POST"))
+                assert caught.value.status == 503
+                await node.agent.leave(DrainRequest(reason="SIGTERM"))
+                assert await node.outcome() == Outcome(0, "SIGTERM")
+            assert head.agent.state().state == "ready"
 
     run(main())
 

@@ -139,7 +139,7 @@ def test_the_budget_of_restarts_ends_the_cluster_with_the_history() -> None:
     assert head.state.outcome is not None
     code, cause = head.state.outcome
     assert code == 6
-    assert cause.startswith("rank 1 on worker 0 (host-worker 0, pid 100): out of memory\n")
+    assert cause.startswith("rank 1 on worker 0 (host-worker 0, pid 1001): out of memory\n")
     assert "no restart is left: 2 in the last hour (TPDIST_MAX_RESTARTS=2)" in cause
     assert cause.count("epoch ") == 2
     assert {body for _, body in head.sent if isinstance(body, Shutdown)} == {Shutdown(exit_code=6, cause=cause)}
@@ -465,7 +465,7 @@ def hang_of(head: Head, *ranks: RankProgress) -> str:
 def test_requests_that_wait_while_no_rank_advances_are_a_hang() -> None:
     cause = hang_of(ready(), progress(0, 9, waits=4, waiting=True), progress(1, 9, waits=3))
     assert "2 requests wait, and no rank has advanced for 61.0 s (TPDIST_HANG_TIMEOUT_S=60)" in cause
-    assert "furthest behind is rank 1 on worker 0 (host-worker 0, pid 100), in step 9, after 3 collectives" in cause
+    assert "furthest behind is rank 1 on worker 0 (host-worker 0, pid 1001), in step 9, after 3 collectives" in cause
 
 
 def test_a_rank_that_was_stopped_in_a_collective_is_told_from_the_one_that_waits_for_it() -> None:
@@ -480,7 +480,7 @@ def test_the_rank_with_the_earliest_step_is_behind_whatever_else() -> None:
 
 def test_a_rank_0_that_hangs_between_two_steps_is_named() -> None:
     cause = hang_of(ready(), progress(0, 9, in_step=False), progress(1, 9, in_step=False, waiting=True))
-    assert "furthest behind is rank 0 on head (host-head, pid 100), after step 9, its process in state S" in cause
+    assert "furthest behind is rank 0 on head (host-head, pid 1000), after step 9, its process in state S" in cause
 
 
 def test_a_rank_that_has_not_begun_the_step_of_the_others_is_behind() -> None:
@@ -490,13 +490,13 @@ def test_a_rank_that_has_not_begun_the_step_of_the_others_is_behind() -> None:
 
 def test_a_stage_that_hangs_in_a_step_is_told_from_rank_0_which_waits_for_its_result() -> None:
     cause = hang_of(ready(), progress(0, 9, in_step=False, waiting=True), progress(1, 9, waiting=True))
-    assert "furthest behind is rank 1 on worker 0 (host-worker 0, pid 100), in step 9, in all_reduce 0" in cause
+    assert "furthest behind is rank 1 on worker 0 (host-worker 0, pid 1001), in step 9, in all_reduce 0" in cause
 
 
 def test_a_rank_that_was_stopped_after_its_step_is_told_from_the_one_that_waits_for_what_it_sent() -> None:
     head = ready(node_lost_s=100.0)
     cause = hang_of(head, progress(0, 9, in_step=False, process="T"), progress(1, 9, waiting=True))
-    assert "furthest behind is rank 0 on head (host-head, pid 100), after step 9, its process in state T" in cause
+    assert "furthest behind is rank 0 on head (host-head, pid 1000), after step 9, its process in state T" in cause
 
 
 def test_a_slow_step_whose_ranks_advance_is_no_hang() -> None:
@@ -540,7 +540,9 @@ def test_a_slow_load_that_advances_is_no_hang_and_one_that_stands_still_is() -> 
     assert head.state.phase == "load"
     head.wait(61, alive=BOTH)
     cause = head.state.restarts[-1].failure.cause
-    assert cause.startswith("rank 1 on worker 0 (host-worker 0, pid 100) has read nothing of the checkpoint for 60.5 s")
+    assert cause.startswith(
+        "rank 1 on worker 0 (host-worker 0, pid 1001) has read nothing of the checkpoint for 60.5 s"
+    )
     assert "after 9 of 1000 bytes" in cause
 
 

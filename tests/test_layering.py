@@ -34,7 +34,7 @@ ROOMS = (
     ("bigmodel", "multi_gpu"),
     ("engine",),
     ("preflight", "probe"),
-    ("meeting",),
+    ("meeting", "run_directory"),
     ("loading", "cache_room"),
     ("rank",),
     ("worker",),

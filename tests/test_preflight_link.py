@@ -10,7 +10,7 @@ from waiting import within
 
 from tpdist.control.listening import listening_socket
 from tpdist.preflight import link
-from tpdist.preflight.link import LinkError, answer_peers, measure, try_connection
+from tpdist.preflight.link import LinkError, answer_peers, measure, try_connection, watch_way
 
 DEADLINE_S = 30.0
 TOKEN = bytes(range(link.TOKEN_BYTES))
@@ -67,6 +67,23 @@ def test_a_port_on_which_nobody_listens_is_refused() -> None:
         assert "refused" in try_connection(HOST, port)
         with pytest.raises(LinkError, match="refused"):
             measure(HOST, port, TOKEN)
+
+
+def test_a_way_is_tried_until_it_is_open_or_there_is_no_more_time() -> None:
+    async def watch() -> tuple[str, str]:
+        until, over = asyncio.Event(), asyncio.Event()
+        over.set()
+        with socket.socket() as bound:
+            bound.bind((HOST, 0))
+            port = bound.getsockname()[1]
+            watching = asyncio.create_task(watch_way(HOST, port, every_s=0.01, until=until))
+            given_up = await watch_way(HOST, port, every_s=60, until=over)
+            bound.listen()
+            return given_up, await watching
+
+    given_up, opened = asyncio.run(within(DEADLINE_S, watch()))
+    assert "refused" in given_up
+    assert opened == ""
 
 
 def test_a_peer_that_never_answers_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:

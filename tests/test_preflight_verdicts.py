@@ -140,6 +140,22 @@ def test_a_head_that_is_not_reached_is_told_apart_by_how(changes: dict[str, Any]
     assert step in line.next_step
 
 
+def test_a_head_without_a_route_is_told_by_the_kernel_s_words_and_without_an_address_of_this_node() -> None:
+    line = only_red(unreached(problem="[Errno 101] Network is unreachable", routed=False))
+    assert (line.check, line.exit_code) == ("route to head", 5)
+    assert line.found == "host-worker 0 has no route to alpha (10.0.0.1): [Errno 101] Network is unreachable"
+    assert "`ip route get 10.0.0.1`" in line.next_step
+    assert "127.0.0.1" not in line.next_step
+
+
+@pytest.mark.parametrize("addresses", [("10.0.0.1",), (), ("127.0.1.1",)])
+def test_a_head_that_falls_silent_is_told_as_such_whatever_its_name_stands_for(addresses: tuple[str, ...]) -> None:
+    line = only_red(unreached(addresses=addresses, problem="refused", waited_s=20.0, heard=True))
+    assert (line.check, line.exit_code) == ("way to head", 5)
+    assert line.found == "the head's doctor at alpha:7100 fell silent for 20 s"
+    assert "start both again" in line.next_step
+
+
 # -- between nodes ----------------------------------------------------------------------------------------------------
 
 

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import socket
+import subprocess
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from server_fakes import MODEL, FakeClient, app_for, small_tokenizer
 from waiting import within
 
 from tpdist.errors import SettingsError
-from tpdist.server.http import HttpServer, bind
+from tpdist.server.http import HttpServer, bind, check_certificate
 from tpdist.server.tokenizer import Tokenizer
 
 TEXT = "hello \U0001f600 world"
@@ -193,6 +194,15 @@ def test_a_certificate_that_cannot_be_read_is_a_wrong_setting(tokenizer: Tokeniz
         (tmp_path / "empty.pem").write_text("")
         with pytest.raises(SettingsError, match=certificate.name):
             HttpServer(app_for(scripted(tokenizer), tokenizer), port=0, ssl_certfile=certificate)
+
+
+def test_a_private_key_with_a_passphrase_is_a_wrong_setting_and_asks_nobody(tmp_path: Path) -> None:
+    certificate, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    subject = ["-subj", "/CN=localhost", "-keyout", str(key), "-out", str(certificate)]
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-passout", "pass:secret", "-days", "2", *subject]
+    subprocess.run(command, check=True, capture_output=True, timeout=60)
+    with pytest.raises(SettingsError, match=r"key.pem has a passphrase.*openssl pkey"):
+        check_certificate(certificate, key)
 
 
 def test_a_server_that_never_started_can_be_stopped(tokenizer: Tokenizer) -> None:

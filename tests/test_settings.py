@@ -264,6 +264,16 @@ def test_a_wrong_config_file_is_refused_with_its_name(tmp_path: Path, text: str,
         assert word in str(refused.value)
 
 
+@pytest.mark.parametrize("variable", ["TPDIST_KEY_FILE", "TPDIST_API_KEY_FILE"])
+def test_a_file_that_is_none_is_told_from_one_that_is_not_there(variable: str, tmp_path: Path) -> None:
+    wrong = {tmp_path: "a folder, not a file", Path("/dev/null"): "not a regular file", tmp_path / "x": "no such file"}
+    wrong |= {Path(__file__) / "x": "no such file", tmp_path / ("x" * 300): "File name too long"}
+    for path, problem in wrong.items():
+        with pytest.raises(SettingsError) as refused:
+            load({variable: str(path)})
+        assert f"{variable}={path}: {problem}" in str(refused.value)
+
+
 def test_a_key_that_others_can_read_is_refused_with_its_mode(tmp_path: Path) -> None:
     key = tmp_path / "cluster.key"
     key.touch()

@@ -7,7 +7,7 @@
       CheckpointError        4   checkpoint missing, damaged, or not the model its config.json describes
       JoinError              5   a node did not join, or disagrees with the head
       LostError              6   a node or rank was lost and the restart budget is spent
-      InterruptedByUser    130   Ctrl-C
+      InterruptedByUser    130   Ctrl-C, or another signal before the answer
       RequestError           -   one request cannot be served; becomes an HTTP 400 or 503, never ends a process
 
 A message says what happened with the values, where (node, rank, file, tensor), and what to do next.

@@ -19,11 +19,13 @@ from pathlib import Path
 from tpdist import log
 from tpdist.control.agent import Outcome
 from tpdist.control.messages import ClusterState, RankUpdate
-from tpdist.errors import RequestError, SettingsError, TpdistError
-from tpdist.node import Model, Node, handled_signals, open_model_later, run_directory
+from tpdist.errors import RequestError, TpdistError
+from tpdist.node import Model, Node, handled_signals, open_model_later
 from tpdist.parent import follow_parent
 from tpdist.plan.placement import Placement
+from tpdist.run_directory import run_directory
 from tpdist.server.api import create_app
+from tpdist.server.api_keys import read_api_keys
 from tpdist.server.http import HttpServer, bind, check_certificate
 from tpdist.server.open_files import set_open_file_limit
 from tpdist.server.tokenizer import Tokenizer, open_tokenizer
@@ -146,20 +148,6 @@ def _say_ready(state: ClusterState, url: str) -> None:
         state.engine.max_tokens,
         url,
     )
-
-
-def read_api_keys(path: Path | None) -> list[str]:
-    """Bearer tokens, one a line; empty lines and those that start with # are skipped. Raises SettingsError."""
-    if path is None:
-        return []
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise SettingsError(f"cannot read TPDIST_API_KEY_FILE={path}: {error}") from error
-    keys = [line for line in lines if line and not line.startswith("#")]
-    if not keys:
-        raise SettingsError(f"TPDIST_API_KEY_FILE={path} holds no key: write one a line, or unset it")
-    return keys
 
 
 @contextlib.contextmanager

@@ -20,7 +20,8 @@ import msgspec
 from tpdist.control.agent import Outcome
 from tpdist.control.messages import ClusterState, DrainRequest, Generate
 from tpdist.errors import LostError, RequestError, SettingsError, TpdistError, error_for
-from tpdist.node import Model, Node, open_model_later, run_directory
+from tpdist.node import Model, Node, open_model_later
+from tpdist.run_directory import run_directory
 from tpdist.sampling_params import SamplingParams
 from tpdist.server.answers import (
     best_answers,
@@ -180,7 +181,7 @@ class LLM:
     async def _stop(self) -> None:
         if hasattr(self, "_running"):
             if not self._running.done():
-                await self._node.agent.drain(DrainRequest(reason="LLM.close()", immediate=True))
+                await self._node.agent.leave(DrainRequest(reason="LLM.close()", immediate=True))
             await self._running
         self._cleanup.close()
 

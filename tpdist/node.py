@@ -7,10 +7,8 @@ import asyncio
 import contextlib
 import logging
 import os
-import shutil
 import signal
 import sys
-import tempfile
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -43,9 +41,9 @@ from tpdist.settings import Settings
 
 logger = logging.getLogger(__name__)
 
+PROBE = ("tpdist.probe", "--json", "--parent-pid")
 PROBE_TIMEOUT_S = 120.0
 COLLECTIVE_HEARTBEATS = 10
-MAX_SOCKET_PATH_BYTES = 107
 
 
 @dataclass(frozen=True)
@@ -178,7 +176,7 @@ class Node:
             self.agent.abandon(code or LostError.exit_code, f"second signal: {reason}")
             return
         logger.info("%s: %s", number.name, "ending" if code else "draining, no new requests")
-        await self.agent.drain(DrainRequest(reason=reason, immediate=bool(code), exit_code=code))
+        await self.agent.leave(DrainRequest(reason=reason, immediate=bool(code), exit_code=code))
 
     # -- parts --------------------------------------------------------------------------------------------------------
 
@@ -324,7 +322,7 @@ async def probe_in_child() -> ProbeReport:
     """Versions, devices and memory of this machine, read by a process of its own so that this one needs no torch."""
     name = os.uname().nodename
     try:
-        code, output, said = await output_of_module("tpdist.probe", "--json", timeout_s=PROBE_TIMEOUT_S)
+        code, output, said = await output_of_module(*PROBE, f"{os.getpid()}", timeout_s=PROBE_TIMEOUT_S)
     except TimeoutError as error:
         raise JoinError(
             f"`tpdist probe` on {name} did not answer within {PROBE_TIMEOUT_S:g} s: is a GPU stuck? `nvidia-smi` tells"
@@ -332,20 +330,3 @@ async def probe_in_child() -> ProbeReport:
     if code != 0:
         raise JoinError(f"`tpdist probe` on {name} ended with {code}: {said}")
     return msgspec.json.decode(output, type=ProbeReport)
-
-
-@contextlib.contextmanager
-def run_directory() -> Iterator[Path]:
-    """A private folder for ipc sockets, gone afterwards. Raises SettingsError when its path is too long for them."""
-    folder = Path(tempfile.mkdtemp(prefix="tpdist-"))
-    longest = len(os.fsencode(folder / "control.sock"))
-    if longest > MAX_SOCKET_PATH_BYTES:
-        folder.rmdir()
-        raise SettingsError(
-            f"TMPDIR={tempfile.gettempdir()} is too long for Unix sockets ({longest} bytes with the name of one, "
-            f"at most {MAX_SOCKET_PATH_BYTES}); set TMPDIR to a shorter folder, such as /tmp"
-        )
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)

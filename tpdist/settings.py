@@ -8,6 +8,7 @@ import os
 import stat
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -19,7 +20,7 @@ from tpdist.log import LogFormat
 from tpdist.settings_options import MAX_COUNT, nearest, option, options_of
 from tpdist.settings_placement import PlacementSettings
 from tpdist.settings_roles import AGENT_VARIABLE, MAX_PORT, HostPort, Role, Torchrun
-from tpdist.settings_values import parse_bytes
+from tpdist.settings_values import NO_FILE, file_problem, parse_bytes
 
 __all__ = ["AGENT_VARIABLE", "OPTIONS", "SHARED", "HostPort", "Role", "Settings", "Torchrun"]
 
@@ -238,6 +239,7 @@ class Settings(PlacementSettings):
     def _local_contradictions(self) -> Iterator[str]:
         if (self.ssl_certfile is None) != (self.ssl_keyfile is None):
             yield "--ssl-certfile (TPDIST_SSL_CERTFILE) and --ssl-keyfile (TPDIST_SSL_KEYFILE) need each other"
+        yield from self._taken_twice()
         if self.heartbeat_interval_s >= self.node_lost_s:
             yield (
                 f"TPDIST_NODE_LOST_S={self.node_lost_s:g} must be more than "
@@ -245,12 +247,20 @@ class Settings(PlacementSettings):
             )
         for name in FILES:
             path = getattr(self, name)
-            if path is not None and not path.is_file():
-                yield f"{OPTIONS[name].variable}={path}: no such file"
+            if path is not None and (problem := file_problem(path)):
+                yield f"{OPTIONS[name].variable}={path}: {problem}"
         if self.trace_folder is not None and not self.trace_folder.is_dir():
             yield f"TPDIST_TRACE_FOLDER={self.trace_folder}: no such folder"
         if self.key_file is not None:
             yield from _key_file_problems(self.key_file)
+
+    def _taken_twice(self) -> Iterator[str]:
+        """A port that two of this node's sockets are to listen on."""
+        ports = {"port": self.port, "head_port": self.head_port, "store_port": self.store_port}
+        for name, other in combinations([name for name, port in ports.items() if port], 2):
+            if ports[name] == ports[other]:
+                listed = ", ".join(f"{OPTIONS[each].variable}={ports[each]}" for each in (name, other))
+                yield f"{listed}: each needs a port of its own; change one"
 
 
 def asked_log_format(flags: Mapping[str, object], *, environ: Mapping[str, str] | None = None) -> LogFormat:
@@ -266,8 +276,9 @@ _NAME_OF_VARIABLE = {variable: name for name, known in OPTIONS.items() for varia
 
 def _key_file_problems(path: Path) -> Iterator[str]:
     """Whether it holds a key is seen by those who read it."""
-    if not path.is_file():
-        yield f"TPDIST_KEY_FILE={path}: no such file; make it once with `tpdist keygen {path}` and copy it to all nodes"
+    if problem := file_problem(path):
+        file = path if problem == NO_FILE else "FILE"
+        yield f"TPDIST_KEY_FILE={path}: {problem}; make it once with `tpdist keygen {file}` and copy it to all nodes"
         return
     mode = stat.S_IMODE(path.stat().st_mode)
     if mode & (stat.S_IRWXG | stat.S_IRWXO):

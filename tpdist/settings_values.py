@@ -1,10 +1,12 @@
-"""How values of options are written where they are neither a word nor a number: sizes, lists, and maps.
+"""How values of options are written where they are neither a word nor a number: sizes, lists, maps, and files.
 
 Each parser leaves what is not text alone, and raises ValueError with what was expected.
 """
 
 import json
 import re
+import stat
+from pathlib import Path
 
 BYTE_UNITS = {
     "": 1,
@@ -18,6 +20,7 @@ BYTE_UNITS = {
     "gib": 2**30,
     "tib": 2**40,
 }
+NO_FILE = "no such file"
 NAMED_DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
@@ -67,3 +70,16 @@ def parse_sizes(value: object) -> object:
     if not isinstance(value, dict):
         return value
     return {str(name): None if size == "auto" else parse_bytes(size) for name, size in value.items()}
+
+
+def file_problem(path: Path) -> str:
+    """Why it is no file that can be read; empty if it is one."""
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return NO_FILE
+    except OSError as error:
+        return error.strerror or str(error)
+    if stat.S_ISDIR(mode):
+        return "a folder, not a file"
+    return "" if stat.S_ISREG(mode) else "not a regular file"

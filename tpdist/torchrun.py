@@ -19,9 +19,9 @@ from tpdist.control.messages import Connect, RankStart
 from tpdist.control.supervisor import interface_variables
 from tpdist.errors import LostError
 from tpdist.meeting import expect
-from tpdist.node import run_directory
 from tpdist.parallel.store import Store, environment_store, sub_store
 from tpdist.parent import follow_parent
+from tpdist.run_directory import run_directory
 from tpdist.settings import AGENT_VARIABLE, Settings, Torchrun
 from tpdist.worker import end, ignore_signals, open_link, run_rank
 

@@ -74,6 +74,20 @@ def test_a_worker_without_a_head_and_a_head_without_a_worker_end_with_5(processe
     assert "refused" in red_lines(worker)[0]["found"]
 
 
+def test_a_worker_with_another_key_than_its_head_is_told_of_the_key(processes: Processes, tmp_path: Path) -> None:
+    port, keys = free_port(), [tmp_path / name for name in ("head.key", "worker.key")]
+    for key in keys:
+        make_key(key)
+    variables = {**head_variables(port, world_size=2, num_workers=1), "TPDIST_KEY_FILE": str(keys[0])}
+    head = examine(processes, "head", variables, "--timeout-s", 10).wait_for_log("waiting for 1 workers")
+    variables = worker_variables(0, port, world_size=2, TPDIST_KEY_FILE=keys[1])
+    worker = examine(processes, "worker-0", variables, "--timeout-s", 15)
+    assert (worker.wait(DONE_S), head.wait(DONE_S)) == (5, 5), processes.logs()
+    (line,) = red_lines(worker)
+    assert "comes about, but no doctor answered" in line["found"]
+    assert "the same key" in line["next_step"]
+
+
 def test_a_control_port_that_is_taken_is_named(processes: Processes) -> None:
     with socket.create_server(("127.0.0.1", free_port())) as taken:
         port = taken.getsockname()[1]
@@ -96,7 +110,7 @@ def test_a_link_that_drops_packets_is_named_on_every_machine(
     network: list[Machine], processes: Processes, tmp_path: Path
 ) -> None:
     key, port = tmp_path / "cluster.key", free_port()
-    subprocess.run([sys.executable, "-m", "tpdist", "keygen", str(key)], check=True, capture_output=True, timeout=60)
+    make_key(key)
     lose_packets(network[1], network[2])
     head = {**head_variables(port, world_size=3, num_workers=2), "TPDIST_KEY_FILE": str(key)}
     nodes = [examine(processes, "head", head, prefix=network[0].prefix)]
@@ -127,6 +141,29 @@ def test_a_name_of_the_head_that_stands_for_the_worker_itself_is_named(
     assert [line["check"] for line in red_lines(worker)] == ["way to head"]
     assert "alpha stands for 127.0.1.1, which is this machine" in red_lines(worker)[0]["found"]
     assert "/etc/hosts" in red_lines(worker)[0]["next_step"]
+
+
+@pytest.mark.netns
+@pytest.mark.parametrize("blackhole", [False, True])
+def test_a_head_without_a_route_is_named_with_what_shows_the_routes(
+    network: list[Machine], processes: Processes, tmp_path: Path, blackhole: bool
+) -> None:
+    make_key(key := tmp_path / "cluster.key")
+    address = "198.51.100.1" if blackhole else "192.0.2.1"
+    if blackhole:
+        command = ["ip", "-n", network[1].name, "route", "add", "blackhole", "198.51.100.0/24"]
+        subprocess.run(command, check=True, capture_output=True, timeout=10)
+    variables = worker_variables(0, free_port(), world_size=2, host=address, TPDIST_KEY_FILE=key)
+    worker = examine(processes, "worker-0", variables, "--timeout-s", 1, prefix=network[1].prefix)
+    assert worker.wait(DONE_S) == 5, worker.log
+    (line,) = red_lines(worker)
+    assert line["check"] == "route to head"
+    assert f"ip route get {address}" in line["next_step"]
+    assert "127.0.0.1" not in line["found"] + line["next_step"]
+
+
+def make_key(file: Path) -> None:
+    subprocess.run([sys.executable, "-m", "tpdist", "keygen", str(file)], check=True, capture_output=True, timeout=60)
 
 
 def lose_packets(machine: Machine, other: Machine) -> None:

@@ -15,8 +15,9 @@ from tpdist.bench.roofline import Traffic, traffic_of
 from tpdist.control.agent import Outcome
 from tpdist.control.messages import DrainRequest, EngineInfo, Generate, RankUpdate, RankView
 from tpdist.errors import InterruptedByUser, RequestError, TpdistError, error_for
-from tpdist.node import Model, Node, handled_signals, open_model_later, run_directory
+from tpdist.node import Model, Node, handled_signals, open_model_later
 from tpdist.plan.model_config import ModelConfig
+from tpdist.run_directory import run_directory
 from tpdist.sampling_params import SamplingParams
 from tpdist.server.client import EngineClient
 from tpdist.settings import Settings
@@ -169,7 +170,7 @@ async def running_model(
                 yield RunningModel(node, model, ending, clock.report())
             finally:
                 if not ending.done():
-                    await node.agent.drain(DrainRequest(reason="measured", immediate=True))
+                    await node.agent.leave(DrainRequest(reason="measured", immediate=True))
                 outcome = await ending
             if outcome.exit_code != 0:
                 raise _cause(outcome)

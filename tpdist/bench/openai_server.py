@@ -173,7 +173,7 @@ async def _get(address: Address, path: str, *, api_key: str | None, timeout_s: f
     except (OSError, HttpError) as error:
         raise JoinError(f"cannot reach {address}: {error}; is the server running there, on this port?") from error
     if http.status in (401, 403):
-        hint = "set --api-key-file" if api_key is None else "the first line of --api-key-file is not its key"
+        hint = "set --api-key-file" if api_key is None else "the first key in --api-key-file is not its key"
         raise SettingsError(f"{address} answered {http.status}: {_message(body)}; {hint}")
     if http.status != 200:
         raise SettingsError(f"{address}{path} answered {http.status}: {_message(body)}; is this an OpenAI server?")

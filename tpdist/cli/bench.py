@@ -32,7 +32,7 @@ from tpdist.cli.frame import command
 from tpdist.cli.options import settings_options
 from tpdist.cli.progress import LoadProgress
 from tpdist.errors import SettingsError
-from tpdist.launcher import read_api_keys
+from tpdist.server.api_keys import read_api_keys
 from tpdist.server.tokenizer import open_tokenizer
 from tpdist.settings import Settings
 

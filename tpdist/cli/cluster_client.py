@@ -7,16 +7,23 @@ import json
 import re
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from http.client import HTTPException
+from pathlib import Path
 from typing import Any
-from urllib.error import HTTPError, URLError
+from urllib.error import HTTPError
+from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
 from tpdist.errors import JoinError, SettingsError
 
 METRIC = re.compile(r"^tpdist_(\w+) (-?\d+(?:\.\d+)?(?:e[-+]?\d+)?)$", re.MULTILINE)
 """A sample without labels, in the text format of Prometheus."""
+FAILURES = (OSError, HTTPException, ValueError)
+"""Of asking: URLError is an OSError, and a server may send one to an address that is none, a ValueError."""
+REFUSALS = (401, 403)
+EXAMPLE = "http://10.0.0.1:8000"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,23 +39,28 @@ class Snapshot:
 
 @dataclass(frozen=True, kw_only=True)
 class ClusterClient:
-    """`url` is the HTTP address of any node. Each answer may take `timeout_s`."""
+    """`url` is the HTTP address of any node, without a slash at its end. `token` is sent; it came from `key_file`. Each
+    answer may take `timeout_s`. Raises SettingsError for what is no such address."""
 
     url: str
     token: str | None
     timeout_s: float
+    key_file: Path | None = None
+
+    def __post_init__(self) -> None:
+        if problem := url_problem(self.url):
+            raise SettingsError(f"--url {self.url!r}: {problem}; give the HTTP address of a node, as {EXAMPLE}")
 
     def cluster(self) -> dict[str, Any]:
         """The body of /v1/cluster. Raises JoinError when nobody answers, SettingsError for another kind of server."""
         url = self.url + "/v1/cluster"
-        if not url.startswith(("http://", "https://")):
-            raise SettingsError(f"--url must start with http:// or https://, not be {url}")
         try:
             body = self._get(url)
         except HTTPError as error:
-            hint = "; set --api-key-file" if error.code in (401, 403) else ""
+            error.close()
+            hint = self._key_hint() if error.code in REFUSALS else ""
             raise SettingsError(f"{url} answered {error.code} {error.reason}{hint}") from error
-        except (URLError, OSError, HTTPException) as error:
+        except FAILURES as error:
             reason = getattr(error, "reason", error)
             raise JoinError(f"cannot reach {url}: {reason}; is `tpdist serve` running there, on this port?") from error
         return _decode(body, url=url)
@@ -68,10 +80,16 @@ class ClusterClient:
         try:
             return self._get(self.url + path)
         except HTTPError as error:
-            with error:
+            with error, suppress(*FAILURES):
                 return error.read()
-        except (URLError, OSError, HTTPException):
+        except FAILURES:
             return b""
+        return b""
+
+    def _key_hint(self) -> str:
+        if self.token is None:
+            return "; set --api-key-file"
+        return f"; the key in {self.key_file} was refused: it must be one of the server's, and the first one is sent"
 
     def _get(self, url: str) -> bytes:
         headers = {"Authorization": f"Bearer {self.token}"} if self.token else {}
@@ -79,6 +97,28 @@ class ClusterClient:
             body = response.read()
             assert isinstance(body, bytes)
             return body
+
+
+def url_problem(url: str) -> str:
+    """Why nobody can be asked at this address; empty if somebody can."""
+    if not url.startswith(("http://", "https://")):
+        return "it must start with http:// or https://"
+    if not url.isprintable() or " " in url:
+        return "it holds a space or a character that cannot be printed"
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname, parts.port
+        (host or "").encode("idna")
+        parts.path.encode("ascii")
+    except UnicodeError:
+        return "its host has an empty part or one of more than 63 characters, or its path is not ASCII"
+    except ValueError as error:
+        return str(error)
+    if not host:
+        return "it names no host"
+    if port == 0:
+        return "port 0 is nobody's"
+    return "" if not parts.query and not parts.fragment else "it must end with the port or a path"
 
 
 def _decode(body: bytes, *, url: str) -> dict[str, Any]:

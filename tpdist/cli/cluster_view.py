@@ -89,6 +89,8 @@ def _lines(now: Snapshot) -> Iterator[Text]:
     metrics = now.metrics
     expected = metrics.get("ranks_expected", len(ranks))
     words = [f"{sum(rank.get('state') == 'ready' for rank in ranks)} of {expected:.0f} ranks ready"]
+    if standbys := metrics.get("standbys"):
+        words.append(f"{standbys:.0f} standby" + ("s" if standbys > 1 else ""))
     if {"num_requests_running", "num_requests_waiting"} <= metrics.keys():
         running, waiting = metrics["num_requests_running"], metrics["num_requests_waiting"]
         words.append(f"{running:.0f} requests running, {waiting:.0f} waiting")

@@ -4,9 +4,14 @@ Knows the commands by name only: a command's module is imported when that comman
 at once.
 """
 
+import errno
 import importlib
+import os
+import resource
+import sys
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
@@ -19,6 +24,8 @@ from tpdist.settings_options import nearest
 
 HELP_FLAGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 INTERNAL_ERROR = 1
+WRITERS = ("click.utils", "rich.")
+"""The modules through which commands write what they have to say."""
 
 
 @dataclass(frozen=True)
@@ -79,11 +86,16 @@ class FramedCommand(click.Command):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         try:
-            return super().parse_args(ctx, args)
+            rest = super().parse_args(ctx, args)
         except click.NoSuchOption as error:
             flags = [flag for param in self.get_params(ctx) for flag in param.opts if flag.startswith("--")]
             message = f"there is no option {error.option_name}; the nearest is {nearest(error.option_name, flags)}"
             raise click.UsageError(message, ctx) from error
+        for param in self.get_params(ctx):
+            if isinstance(param, click.Argument) and ctx.params.get(str(param.name)) == "":
+                name = param.human_readable_name
+                raise click.UsageError(f"{name} is empty: is the variable that it comes from set?", ctx)
+        return rest
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         by_heading: dict[str, list[tuple[str, str]]] = {"Options": []}
@@ -148,7 +160,7 @@ def cli() -> None:
 
 def run(argv: Sequence[str] | None = None) -> int:
     """Run one command line (None: this process's) and return its exit code. Errors go to stderr, in one form."""
-    invocation = Invocation()
+    invocation = Invocation(debug="--debug" in (sys.argv if argv is None else argv))
     try:
         result = cli.main(args=argv, prog_name="tpdist", standalone_mode=False, obj=invocation)
     except Exception as error:
@@ -159,8 +171,10 @@ def run(argv: Sequence[str] | None = None) -> int:
 def _report(error: Exception, *, trace: str) -> int:
     """Say on stderr what ended the command; return its exit code."""
     match error:
-        case click.Abort() | InterruptedByUser():
+        case click.Abort():
             message, exit_code = "interrupted", InterruptedByUser.exit_code
+        case InterruptedByUser():
+            message, exit_code = f"interrupted by {error}" if str(error) else "interrupted", error.exit_code
         case click.UsageError():
             path = error.ctx.command_path if error.ctx else "tpdist"
             message, exit_code = f"{error.format_message()}\n`{path} -h` shows what there is", SettingsError.exit_code
@@ -168,9 +182,48 @@ def _report(error: Exception, *, trace: str) -> int:
             message, exit_code = error.format_message(), SettingsError.exit_code
         case TpdistError():
             message, exit_code = str(error), error.exit_code
+        case _ if message := _trouble_outside(error):
+            exit_code = SettingsError.exit_code
         case _:
             what = f"internal error: {type(error).__name__}: {error}"
             message = f"{what}\nThis is a bug: please report it, with what the same command says with --debug"
             exit_code = INTERNAL_ERROR
-    log.show_error(message, exit_code=exit_code, traceback=trace)
+    with suppress(OSError):  # where nothing can be written the exit code tells
+        log.show_error(message, exit_code=exit_code, traceback=trace)
     return exit_code
+
+
+def _trouble_outside(error: Exception) -> str:
+    """What its user has to change around the program, if an error that no command foresees is about that."""
+    if getattr(error, "errno", None) == errno.EMFILE:
+        allowed, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        return (
+            f"too many open files: this process may open {allowed}, and at most {most} (`ulimit -Hn`); allow more, as "
+            "with `ulimit -n 65536`, or with LimitNOFILE=65536 in its systemd unit"
+        )
+    if isinstance(error, FileNotFoundError) and not _has_working_directory():
+        return "the working directory has been deleted: change to one that exists (`cd`), and start again"
+    if isinstance(error, OSError) and _comes_from(error, WRITERS):
+        _discard_output()
+        return f"cannot write the output: {error.strerror or error}; free space there, or write elsewhere"
+    return ""
+
+
+def _has_working_directory() -> bool:
+    try:
+        os.getcwd()
+    except OSError:
+        return False
+    return True
+
+
+def _comes_from(error: Exception, modules: tuple[str, ...]) -> bool:
+    """Whether one of these modules was at work when it was raised."""
+    names = [each.f_globals.get("__name__", "") for each, _ in traceback.walk_tb(error.__traceback__)]
+    return any(name.startswith(modules) for name in names)
+
+
+def _discard_output() -> None:
+    """What is still buffered goes nowhere: the interpreter would try to write it again at its end, and complain."""
+    with suppress(OSError), open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), sys.stdout.fileno())

@@ -14,8 +14,9 @@ from tpdist.cli.options import settings_options
 from tpdist.cli.progress import LoadProgress
 from tpdist.control.agent import Outcome
 from tpdist.control.messages import DrainRequest, Generate
-from tpdist.errors import RequestError, SettingsError, error_for
-from tpdist.node import Model, Node, handled_signals, open_model_later, run_directory
+from tpdist.errors import InterruptedByUser, RequestError, SettingsError, error_for
+from tpdist.node import Model, Node, handled_signals, open_model_later
+from tpdist.run_directory import run_directory
 from tpdist.sampling_params import SamplingParams
 from tpdist.server.answers import join, read_pieces
 from tpdist.server.text import TextReader
@@ -27,6 +28,8 @@ EXAMPLES = (
     "echo 123+456= | tpdist generate ./model --prompt - --temperature 0",
     "tpdist generate ./model --prompt Hello --json | jq -r .text",
 )
+ANSWERED = "answered"
+UNAVAILABLE = 503
 
 
 @command(examples=EXAMPLES)
@@ -63,7 +66,8 @@ def generate(model: str, prompt: str, as_json: bool, settings: Settings, **sampl
 
 
 async def _generate(settings: Settings, model: str, prompt: str, sampling: SamplingParams, *, as_json: bool) -> Outcome:
-    """Run a node for one answer. The outcome is the node's, 0 if the answer is out."""
+    """Run a node for one answer. The outcome is the node's, 0 if the answer is out. Raises InterruptedByUser if
+    somebody ended the cluster before, with SIGTERM say: for a node that is a good end."""
     opening = asyncio.create_task(open_model_later(model, revision=settings.revision))
     opened = await opening
     with run_directory() as run_dir, LoadProgress() as progress:
@@ -73,16 +77,25 @@ async def _generate(settings: Settings, model: str, prompt: str, sampling: Sampl
             answering = asyncio.create_task(_answer(node, settings, opened, prompt, sampling, as_json=as_json))
             await asyncio.wait({running, answering}, return_when=asyncio.FIRST_COMPLETED)
             if answering.done():
-                await node.agent.drain(DrainRequest(reason="answered", immediate=True))
+                await node.agent.leave(DrainRequest(reason=ANSWERED, immediate=True))
             outcome = await running
             answering.cancel()
             results = await asyncio.gather(answering, return_exceptions=True)
     problem = results[0]
+    if outcome.exit_code == 0 and outcome.cause != ANSWERED and _was_cut_off(problem):
+        raise InterruptedByUser(outcome.cause)
     if outcome.exit_code == 0 and isinstance(problem, RequestError):
         raise SettingsError(str(problem)) from problem
     if outcome.exit_code == 0 and isinstance(problem, Exception):
         raise problem
     return outcome
+
+
+def _was_cut_off(problem: BaseException | None) -> bool:
+    """Whether an answer ended because its node did."""
+    if isinstance(problem, RequestError):
+        return problem.status == UNAVAILABLE
+    return isinstance(problem, asyncio.CancelledError)
 
 
 async def _answer(

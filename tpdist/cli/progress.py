@@ -3,7 +3,6 @@
 from types import TracebackType
 from typing import Self
 
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -14,6 +13,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
+from tpdist.cli.console import LogConsole
 from tpdist.control.messages import RankUpdate
 
 
@@ -21,7 +21,7 @@ class LoadProgress:
     """Sums the bytes of this node's ranks into one bar, which goes when all of them have loaded."""
 
     def __init__(self) -> None:
-        self._console = Console(stderr=True)
+        self._console = LogConsole()
         self._progress = Progress(
             TextColumn("loading weights"),
             BarColumn(),

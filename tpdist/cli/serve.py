@@ -15,6 +15,7 @@ import msgspec
 from rich.console import Console
 
 from tpdist import log
+from tpdist.cli.console import LogConsole
 from tpdist.cli.frame import command
 from tpdist.cli.options import settings_options
 from tpdist.cli.plan_model import facts_of
@@ -102,4 +103,4 @@ def _show_measured(state: ClusterState) -> None:
 def _printing() -> Iterator[Console]:
     """The log's terminal. Once nobody reads it any more, or the disk is full, a node serves on without."""
     with suppress(OSError):
-        yield Console(stderr=True, highlight=False)
+        yield LogConsole()

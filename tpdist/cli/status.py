@@ -17,6 +17,7 @@ from tpdist.cli.cluster_client import ClusterClient, Snapshot
 from tpdist.cli.cluster_view import cluster_view, silent_view
 from tpdist.cli.frame import command
 from tpdist.errors import JoinError, SettingsError, TpdistError
+from tpdist.server.api_keys import read_api_keys
 
 WATCH_INTERVAL_S = 2.0
 Answer = TypeVar("Answer", Snapshot, dict[str, Any])
@@ -50,7 +51,10 @@ EXAMPLES = (
 @click.option("--json", "as_json", is_flag=True, help="Print the answer as it came; with --watch each in a line.")
 def status(url: str, api_key_file: Path | None, timeout_s: float, interval_s: float | None, as_json: bool) -> None:
     """Show a cluster as its head sees it: nodes, ranks, their states, and why it restarted."""
-    client = ClusterClient(url=url.rstrip("/"), token=_token(api_key_file), timeout_s=timeout_s)
+    keys = read_api_keys(api_key_file)
+    client = ClusterClient(
+        url=url.rstrip("/"), token=keys[0] if keys else None, timeout_s=timeout_s, key_file=api_key_file
+    )
     if interval_s is not None:
         show = _print_events if as_json else _draw
         with suppress(KeyboardInterrupt):  # this is how it ends
@@ -59,11 +63,6 @@ def status(url: str, api_key_file: Path | None, timeout_s: float, interval_s: fl
         click.echo(json.dumps(client.cluster()))
     else:
         Console(highlight=False).print(cluster_view(client.snapshot()))
-
-
-def _token(path: Path | None) -> str | None:
-    lines = [] if path is None else path.read_text().split()
-    return lines[0] if lines else None
 
 
 def _draw(client: ClusterClient, interval_s: float) -> None:

@@ -37,6 +37,7 @@ from tpdist.control.messages import (
     Shutdown,
     TokenOutput,
     Tokens,
+    Wait,
 )
 from tpdist.control.passing_on import failure_to
 from tpdist.control.supervisor import STOP_GRACE_S, Supervisor
@@ -75,6 +76,7 @@ class NodeAgent:
         self._state_changed = asyncio.Event()
         self._streams: dict[str, asyncio.Queue[TokenOutput | RequestFailed]] = {}
         self._abandoned = False
+        self._leaving: DrainRequest | None = None
         self._outcome: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
         self._outcome.add_done_callback(lambda _: self._state_changed.set())
         self._tasks: set[asyncio.Task[None]] = set()
@@ -176,6 +178,10 @@ class NodeAgent:
                 cause = str(error)
             if self._outcome.done():
                 return  # the head has said how it ends, and ended
+            if self._leaving is not None or self._state.state == "draining":
+                code = 0 if self._leaving is None else self._leaving.exit_code
+                self._finish(code, f"{cause}, while this node was to end")
+                return
             if not self._joining.comes_back:
                 raise LostError(f"{cause}; the ranks of this node were ended")
             self._link.welcomed.clear()
@@ -227,6 +233,9 @@ class NodeAgent:
                 await self._supervisor.start(body)
             case Connect() if envelope.epoch == codec.epoch:
                 await self._supervisor.connect(body)
+            case Wait(reason=reason):
+                self._state = msgspec.structs.replace(self._state, reason=reason)
+                self._state_changed.set()
             case EndEpoch(cause=cause) if envelope.epoch == codec.epoch:
                 self._spawn(self._end_epoch(envelope.epoch, cause))
             case Shutdown(exit_code=exit_code, cause=cause):
@@ -264,14 +273,28 @@ class NodeAgent:
                 await link.send(Abort(request_id=request.request_id))
 
     async def drain(self, request: DrainRequest) -> None:
-        """Ask the head to end the cluster; while nodes still gather for the first time, or as long as this one has no
-        place, it simply leaves."""
+        """Ask the head to end the cluster. Raises RequestError 503 if this node has no place from which to ask."""
+        if not self._has_place:
+            raise RequestError(
+                f"this node has no place in the cluster, and cannot end it ({self._state.reason or 'a standby'}): "
+                "ask the head, or a node that has one",
+                status=503,
+            )
+        await self.leave(request)
+
+    async def leave(self, request: DrainRequest) -> None:
+        """This node is to end: it asks the head to end the cluster; while nodes still gather for the first time, or as
+        long as this one has no place, it simply leaves. It does not come back if the head is lost before that."""
+        self._leaving = request
         gathering = self._state.phase == "register" and self._state.epoch == 0
-        has_place = self._link.codec.epoch > 0 or not self._joining.standby
-        if self._link.welcomed.is_set() and not gathering and has_place:
+        if self._has_place and not gathering:
             await self._link.send(request)
         else:
             self._finish(request.exit_code, request.reason)
+
+    @property
+    def _has_place(self) -> bool:
+        return self._link.welcomed.is_set() and (self._link.codec.epoch > 0 or not self._joining.standby)
 
     def _fail_streams(self, message: str) -> None:
         for request_id, stream in self._streams.items():

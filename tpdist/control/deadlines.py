@@ -71,9 +71,10 @@ def hanging(state: State, tick: Tick, now: float, rules: Rules) -> Failure | Non
         return failure
     for node, pace in _paces(state):
         if pace.stopped_at is not None and now - pace.stopped_at > rules.node_lost_s:
+            rank, process = pace.progress.rank, pace.progress.process
             cause = (
-                f"rank {pace.progress.rank} on {node.where} has been stopped for {now - pace.stopped_at:.1f} s "
-                f"(its process is in state {pace.progress.process}; TPDIST_NODE_LOST_S={rules.node_lost_s:g})"
+                f"rank {rank} on {node.where_is(rank)} has been stopped for {now - pace.stopped_at:.1f} s (its process "
+                f"is in state {process}; TPDIST_NODE_LOST_S={rules.node_lost_s:g})"
             )
             return Failure("hang", cause, LostError.exit_code)
     idle_s = min(tick.stalled_s, now - state.advanced_at)
@@ -106,7 +107,7 @@ def _starving(state: State, now: float, rules: Rules) -> Failure | None:
             waited_s = now - node.updated_at[rank]
             if update.phase == "load" and update.done < update.total and waited_s > rules.hang_timeout_s:
                 cause = (
-                    f"rank {rank} on {node.where} has read nothing of the checkpoint for {waited_s:.1f} s "
+                    f"rank {rank} on {node.where_is(rank)} has read nothing of the checkpoint for {waited_s:.1f} s "
                     f"(TPDIST_HANG_TIMEOUT_S={rules.hang_timeout_s:g}), after {update.done} of {update.total} bytes: "
                     "is its disk, or the file system that it comes from, stuck?"
                 )
@@ -138,7 +139,7 @@ def _furthest_behind(state: State) -> str:
     node, pace = paces[min(group, key=lambda rank: (paces[rank][1].progress.num_waits, rank))]
     progress = pace.progress
     return (
-        f"; furthest behind is rank {progress.rank} on {node.where}, {_doing(progress)}, "
+        f"; furthest behind is rank {progress.rank} on {node.where_is(progress.rank)}, {_doing(progress)}, "
         f"its process in state {progress.process or 'unknown'}"
     )
 

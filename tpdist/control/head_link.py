@@ -204,6 +204,7 @@ class HeadLink:
                 case Wait(reason=reason):
                     if reason != self._last_wait:
                         logger.info("waiting to join: %s", reason)
+                        await self._handle(envelope)
                     self._last_wait = reason
                 case Rejoin(reason=reason):
                     raise HeadLostError(f"the head {self._joining.head} does not know this instance: {reason}")

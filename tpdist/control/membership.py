@@ -221,7 +221,7 @@ def _engine_info(state: State) -> EngineInfo:
 
 
 def _rank_gone(state: State, node: Node, gone: RankGone, now: float, rules: Rules) -> Answer:
-    cause = f"rank {gone.rank} on {node.where}: {gone.cause}"
+    cause = f"rank {gone.rank} on {node.where_is(gone.rank)}: {gone.cause}"
     if gone.last_lines:
         cause += "\n" + "\n".join(f"  | {line}" for line in gone.last_lines)
     if gone.secondary:

@@ -95,6 +95,11 @@ class Node:
     def where(self) -> str:
         return where(self.register)
 
+    def where_is(self, rank: int) -> str:
+        """Where one of its ranks is, with the number of that process once it is known."""
+        known = self.ranks.get(rank)
+        return where(self.register, pid=None if known is None else known.pid)
+
 
 @dataclass(frozen=True)
 class Failure:
@@ -206,10 +211,10 @@ def node_id(key: Key) -> str:
     return "head" if key is None else f"worker-{key}"
 
 
-def where(register: Register) -> str:
-    """A node as error messages name it."""
+def where(register: Register, *, pid: int | None = None) -> str:
+    """A node as error messages name it, by its agent or another process of it."""
     name = "standby" if register.standby else name_of(register.worker_id)
-    return f"{name} ({register.hostname}, pid {register.pid})"
+    return f"{name} ({register.hostname}, pid {pid or register.pid})"
 
 
 def node_index(key: Key) -> int:

@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import socket
 import uuid
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
@@ -21,6 +21,8 @@ from tpdist.errors import JoinError, SettingsError, TpdistError
 from tpdist.introduction import control_host, introduce
 from tpdist.place import place_of
 from tpdist.preflight.consult import (
+    HELLO_S,
+    SILENCE_S,
     HeadSilentError,
     LocalColleague,
     Practice,
@@ -28,7 +30,7 @@ from tpdist.preflight.consult import (
     Visit,
 )
 from tpdist.preflight.examine import Colleague, make_head_address, measure_links, measure_reduce, nccl_ranks
-from tpdist.preflight.link import try_connection
+from tpdist.preflight.link import watch_way
 from tpdist.preflight.machine_verdicts import red
 from tpdist.preflight.orders import Station
 from tpdist.preflight.verdicts import diagnose
@@ -190,20 +192,32 @@ class Doctor:
     # -- a worker -----------------------------------------------------------------------------------------------------
 
     async def _as_worker(self, station: Station, head: HostPort) -> Diagnosis:
-        settings = self.settings
-        register = _introduction(settings)
         findings = asyncio.create_task(self._findings(station))
         try:
-            register = _introduction(settings, head=head)
-            return await self._visit(station, register, head, findings)
-        except HeadSilentError as error:
-            if error.heard:
-                raise JoinError(f"{error}: see what it prints there, and start both again") from error
-            return await self._unreached(register, head, await findings)
+            register = _introduction(self.settings, head=head)
+            return await self._visit_or_say_why_not(station, register, head, findings)
         except NoRouteError as error:
-            return await self._unreached(register, head, await findings, problem=str(error))
+            unreached = await _unreached(head, problem=str(error), routed=False)
+            return await self._without_head(_introduction(self.settings), unreached, findings)
         finally:
             findings.cancel()
+
+    async def _visit_or_say_why_not(
+        self, station: Station, register: Register, head: HostPort, findings: asyncio.Task[Findings]
+    ) -> Diagnosis:
+        """The way is tried while the head is awaited: afterwards its doctor has ended, and nothing listens there."""
+        over = asyncio.Event()
+        watching = asyncio.create_task(watch_way(*head, every_s=HELLO_S, until=over))
+        try:
+            return await self._visit(station, register, head, findings)
+        except HeadSilentError as error:
+            over.set()
+            waited_s = SILENCE_S if error.heard else self.timeout_s
+            unreached = await _unreached(head, problem=await watching, waited_s=waited_s, heard=error.heard)
+            return await self._without_head(register, unreached, findings)
+        finally:
+            over.set()
+            watching.cancel()
 
     async def _visit(
         self, station: Station, register: Register, head: HostPort, findings: asyncio.Task[Findings]
@@ -216,16 +230,11 @@ class Doctor:
         with contextlib.closing(AsyncDealer(address=address, identity=identity, codec=Codec(), keys=keys)) as dealer:
             return await Visit(dealer, register, station).pay(asyncio.shield(findings), timeout_s=self.timeout_s)
 
-    async def _unreached(
-        self, register: Register, head: HostPort, findings: Findings, *, problem: str = ""
+    async def _without_head(
+        self, register: Register, unreached: HeadUnreached, findings: Awaitable[Findings]
     ) -> Diagnosis:
         """What this node is by itself, and why it does not reach its head."""
-        addresses, why = await asyncio.to_thread(resolve, head.host)
-        why = problem or why or await asyncio.to_thread(try_connection, head.host, head.port)
-        unreached = HeadUnreached(
-            host=head.host, port=head.port, addresses=addresses, problem=why, waited_s=self.timeout_s
-        )
-        node = NodeExamined(register=register, findings=findings)
+        node = NodeExamined(register=register, findings=await findings)
         examination = Examination(nodes=(node,), unreached=unreached, device=self.settings.device)
         return Diagnosis(examination=examination, lines=diagnose(examination))
 
@@ -249,6 +258,17 @@ async def _running(practice: Practice) -> AsyncIterator[None]:
         receiving.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await receiving
+
+
+async def _unreached(
+    head: HostPort, *, problem: str, waited_s: float = 0.0, routed: bool = True, heard: bool = False
+) -> HeadUnreached:
+    """With what the head's name stands for; one that stands for nothing is the first cause."""
+    addresses, unresolved = await asyncio.to_thread(resolve, head.host)
+    why = unresolved or problem
+    return HeadUnreached(
+        host=head.host, port=head.port, addresses=addresses, problem=why, waited_s=waited_s, routed=routed, heard=heard
+    )
 
 
 def resolve(host: str) -> tuple[tuple[str, ...], str]:
@@ -276,4 +296,4 @@ def _introduction(settings: Settings, *, head: HostPort | None = None) -> Regist
     try:
         return introduce(settings, place_of(settings), instance=uuid.uuid4().hex, head=head)
     except JoinError as error:
-        raise NoRouteError(str(error)) from error
+        raise NoRouteError(str(error.__cause__ or error)) from error

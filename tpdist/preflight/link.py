@@ -5,6 +5,7 @@ else is hung up on. Sizes are fixed here and not taken from the peer. Every wait
 """
 
 import asyncio
+import contextlib
 import hmac
 import logging
 import socket
@@ -86,6 +87,17 @@ def try_connection(host: str, port: int, *, timeout_s: float = CONNECT_S) -> str
     except OSError as error:
         return _why(error, timeout_s)
     return ""
+
+
+async def watch_way(host: str, port: int, *, every_s: float, until: asyncio.Event) -> str:
+    """Try connections until one comes about: empty then. If none has when `until` is set, why the last one did not."""
+    while problem := await asyncio.to_thread(try_connection, host, port):
+        if until.is_set():
+            break
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(every_s):
+                await until.wait()
+    return problem
 
 
 def measure(host: str, port: int, token: bytes) -> LinkFigures:

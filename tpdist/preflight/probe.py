@@ -10,6 +10,7 @@ import importlib.util
 import os
 import platform
 import re
+import signal
 import socket
 import sys
 from argparse import ArgumentParser
@@ -18,6 +19,7 @@ from pathlib import Path
 import msgspec
 
 from tpdist.control.messages import DeviceInfo, ProbeReport
+from tpdist.parent import follow_parent
 from tpdist.preflight import cgroup
 
 DRIVER_DEVICE = Path("/dev/nvidiactl")
@@ -106,6 +108,9 @@ def main() -> None:
     """Print the report on stdout as JSON: on one line with --json, indented for people without."""
     parser = ArgumentParser(prog="python -m tpdist.probe", description="What this machine has, as JSON.")
     parser.add_argument("--json", action="store_true", help="on one line")
-    one_line = parser.parse_args().json
+    parser.add_argument("--parent-pid", type=int, metavar="PID", help="end with this process, which must be the parent")
+    arguments = parser.parse_args()
+    if arguments.parent_pid is not None:
+        follow_parent(arguments.parent_pid, signal.SIGKILL)
     report = msgspec.json.encode(probe())
-    sys.stdout.write((report if one_line else msgspec.json.format(report)).decode() + "\n")
+    sys.stdout.write((report if arguments.json else msgspec.json.format(report)).decode() + "\n")

@@ -78,28 +78,45 @@ def _head_lines(examination: Examination) -> Iterator[Line]:
 
 def unreached_line(unreached: HeadUnreached, node: NodeExamined) -> Line:
     """Why a worker does not reach its head."""
-    address = f"{unreached.host}:{unreached.port}"
+    check = "way to head"
     names = ", ".join(unreached.addresses)
-    name = unreached.host if unreached.host in unreached.addresses else f"{unreached.host} ({names})"
-    if not unreached.addresses:
+    if unreached.heard:
+        found = f"the head's doctor at {unreached.host}:{unreached.port} fell silent for {unreached.waited_s:g} s"
+        step = f"see what it prints there, and whether the link holds (`ping {unreached.host}`); then start both again"
+    elif not unreached.addresses:
         found = f"the name {unreached.host} cannot be resolved: {unreached.problem}"
         step = "write the head's IP address into MISTRALRS_MN_WORKER_SERVER_ADDR, or its name into /etc/hosts or DNS"
     elif all(is_loopback(each) for each in unreached.addresses) and unreached.host not in unreached.addresses:
         found = f"the head's name {unreached.host} stands for {names}, which is this machine, and no head is here"
         step = "correct it in /etc/hosts, or write the head's IP address into MISTRALRS_MN_WORKER_SERVER_ADDR"
+    elif not unreached.routed:
+        check = "route to head"
+        found = f"{node.register.hostname} has no route to {_named(unreached)}: {unreached.problem}"
+        step = (
+            f"`ip route get {unreached.addresses[0]}` and `ip address` there: add a route to it, remove one that is a "
+            "blackhole, or bring the interface up"
+        )
     elif unreached.problem:
-        found = f"{node.register.hostname} to {name}, port {unreached.port}: {unreached.problem}"
+        found = f"{node.register.hostname} to {_named(unreached)}, port {unreached.port}: {unreached.problem}"
         step = (
             f"start `tpdist doctor` on the head, and open TCP port {unreached.port} of the head for "
             f"{node.register.address or node.register.hostname}; a head without a key listens on 127.0.0.1 only"
         )
     else:
+        address = f"{unreached.host}:{unreached.port}"
         found = f"a connection to {address} comes about, but no doctor answered within {unreached.waited_s:g} s"
         step = (
             "start `tpdist doctor` on the head, too (not `tpdist serve`), and see that TPDIST_KEY_FILE holds the same "
             "key on both: `sha256sum` it"
         )
-    return red("way to head", where(node), found, step, JoinError.exit_code)
+    return red(check, where(node), found, step, JoinError.exit_code)
+
+
+def _named(unreached: HeadUnreached) -> str:
+    """The head's address, behind its name if that is another."""
+    if unreached.host in unreached.addresses:
+        return unreached.host
+    return f"{unreached.host} ({', '.join(unreached.addresses)})"
 
 
 def _missing_lines(examination: Examination) -> Iterator[Line]:

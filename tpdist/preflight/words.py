@@ -181,14 +181,18 @@ class ReduceMeasured(Fact, frozen=True):
 
 
 class HeadUnreached(Fact, frozen=True):
-    """A worker did not hear its head. `addresses`: what the head's name stands for, empty if that cannot be found
-    out (`problem` says why). Otherwise `problem` is that of a plain TCP connection, empty if that one came about."""
+    """A worker did not hear its head, or not to the end (`heard`). `addresses`: what the head's name stands for, empty
+    if that cannot be found out (`problem` says why). Otherwise `problem` is the kernel's, which has no route to it
+    (`routed` is False), or that of a plain TCP connection, empty if one came about while the worker waited. `waited_s`:
+    since it began, or since it heard the head last."""
 
     host: str
     port: int
     addresses: tuple[str, ...]
     problem: str
     waited_s: float
+    routed: bool = True
+    heard: bool = False
 
 
 class Examination(Fact, frozen=True):

@@ -25,6 +25,7 @@ import h11
 import msgspec
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from tpdist.errors import SettingsError
 from tpdist.server.errors import error_body
 
 logger = logging.getLogger(__name__)
@@ -109,7 +110,8 @@ class Slot:
 class Listener:
     """Accepts the connections of one socket, with what uvicorn's server asks of asyncio's: close and wait_closed.
 
-    asyncio's own would accept without end, and counts nobody in a TLS handshake. Must be made in the event loop.
+    asyncio's own would accept without end, and counts nobody in a TLS handshake. Must be made in the event loop. Raises
+    SettingsError when the port has been taken since.
     """
 
     def __init__(
@@ -125,7 +127,12 @@ class Listener:
         self._connections = connections
         self._tls = tls
         self._opening: set[asyncio.Task[None]] = set()
-        sock.listen(BACKLOG)
+        try:
+            sock.listen(BACKLOG)
+        except OSError as error:
+            # Bound sockets that do not listen yet may share a port: another has been quicker.
+            address = ":".join(map(str, sock.getsockname()[:2]))
+            raise SettingsError(f"cannot listen on {address}: {error.strerror}; set --host and --port") from error
         self._accepting = asyncio.create_task(self._accept(), name="http-accept")
 
     def close(self) -> None:

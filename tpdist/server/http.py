@@ -111,9 +111,19 @@ def check_certificate(certfile: Path | None, keyfile: Path | None) -> None:
     if certfile is None:
         return
     try:
-        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certfile, keyfile)
+        # Without an answer of ours OpenSSL asks the terminal for the passphrase of a key that has one.
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(
+            certfile, keyfile, password=lambda: _refuse(keyfile or certfile)
+        )
     except (OSError, ssl.SSLError) as error:
         raise SettingsError(f"cannot use --ssl-certfile {certfile}, --ssl-keyfile {keyfile}: {error}") from error
+
+
+def _refuse(keyfile: Path) -> str:
+    raise SettingsError(
+        f"--ssl-keyfile {keyfile} has a passphrase, which nobody is there to type: write the key without it, as with "
+        "`openssl pkey -in KEY -out NEW_KEY`, and chmod 600 it"
+    )
 
 
 class _Server(uvicorn.Server):

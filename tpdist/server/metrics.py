@@ -133,6 +133,7 @@ class _ClusterCollector(Collector):
             "prefix_cache_hits", "Prompt tokens that were found in the prefix cache.", stats.prefix_cache_hits
         )
         yield _counter("request_retries", "Requests that went on in another epoch than they began in.", state.retried)
+        yield _gauge("standbys", "Nodes that wait to take the place of a lost one.", len(state.standbys))
         yield from _of_epochs(state)
         yield from _of_ranks(state)
 
