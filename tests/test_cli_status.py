@@ -218,7 +218,12 @@ def test_status_shows_what_the_metrics_tell(server: Answer, capsys: pytest.Captu
     server.others["/metrics"] = METRICS
     assert run(["status", "--url", server.url]) == 0
     text = capsys.readouterr().out
-    for words in ("1 of 2 ranks ready; 1 standby; ", "3 requests running, 12 waiting", "KV cache 25% used", "ended 5 min ago"):
+    for words in (
+        "1 of 2 ranks ready; 1 standby; ",
+        "3 requests running, 12 waiting",
+        "KV cache 25% used",
+        "ended 5 min ago",
+    ):
         assert words in text
 
 

@@ -3,7 +3,9 @@
 import os
 import re
 import shutil
+import signal
 import subprocess
+import time
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -90,6 +92,28 @@ def test_local_sh_starts_a_head_and_its_workers(tmp_path: Path, fake_tpdist: dic
         roles.append((Settings.load({}, environ=environ).role, environ["MISTRALRS_MN_GLOBAL_WORLD_SIZE"]))
         assert re.search(r"tpdist serve ./model --port 800[0-2] --dtype float32", call)
     assert sorted(roles, key=str) == [(Role.HEAD, "3"), (Role.WORKER, "3"), (Role.WORKER, "3")]
+
+
+@pytest.mark.parametrize("name", ["TERM", "INT", "HUP"])
+def test_a_signal_to_all_of_local_sh_reaches_each_node_once(
+    tmp_path: Path, fake_tpdist: dict[str, str], name: str
+) -> None:
+    (tmp_path / "bin/tpdist").write_text(
+        "#!/usr/bin/env bash\n"
+        f'for each in TERM INT HUP; do trap "echo $each >>{tmp_path}/told.$$" $each; done\n'
+        f"touch {tmp_path}/told.$$\n"
+        f"until [ -s {tmp_path}/told.$$ ]; do read -t 0.1 <> <(:) || true; done\n"
+        "read -t 0.5 <> <(:) || true\n"
+    )
+    argv = [str(ROOT / "launch/local.sh"), "3", "./model"]
+    with subprocess.Popen(argv, env=fake_tpdist, start_new_session=True) as script:
+        deadline = time.monotonic() + 20
+        while len(list(tmp_path.glob("told.*"))) < 3:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        os.killpg(script.pid, signal.Signals[f"SIG{name}"])
+        assert script.wait(timeout=20) == 0
+    assert [file.read_text() for file in tmp_path.glob("told.*")] == [f"{name}\n"] * 3
 
 
 def test_local_sh_ends_with_the_code_of_a_node_that_failed(fake_tpdist: dict[str, str]) -> None:

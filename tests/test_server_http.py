@@ -173,6 +173,19 @@ def test_a_taken_port_is_named_before_anything_starts(tokenizer: Tokenizer) -> N
             HttpServer(app_for(scripted(tokenizer), tokenizer), port=port)
 
 
+def test_a_port_that_another_took_after_it_was_bound_is_a_wrong_setting(tokenizer: Tokenizer) -> None:
+    async def main() -> None:
+        sock = bind("127.0.0.1", 0)
+        port = sock.getsockname()[1]
+        with bind("127.0.0.1", port) as quicker:
+            quicker.listen()
+            with pytest.raises(SettingsError, match=f"cannot listen on 127.0.0.1:{port}: .*; set --host and --port"):
+                async with serving(app_for(scripted(tokenizer), tokenizer), sock=sock):
+                    pass
+
+    run(main)
+
+
 @pytest.mark.parametrize("host", ["no-such-host.invalid", "192.0.2.1"])
 def test_an_address_that_is_not_ours_is_a_wrong_setting(host: str) -> None:
     with pytest.raises(SettingsError, match=host):
@@ -185,6 +198,17 @@ def test_a_bound_socket_may_be_passed_in(tokenizer: Tokenizer) -> None:
         async with serving(app_for(scripted(tokenizer), tokenizer), sock=sock) as server, httpx.AsyncClient() as client:
             assert server.port == sock.getsockname()[1]
             assert (await client.get(f"{server.url}/livez")).status_code == 200
+
+    run(main)
+
+
+def test_an_answer_to_head_has_no_body_and_the_connection_serves_on(tokenizer: Tokenizer) -> None:
+    async def main() -> None:
+        async with serving(app_for(scripted(tokenizer), tokenizer)) as server, httpx.AsyncClient() as client:
+            for _ in range(2):
+                head, got = await client.head(f"{server.url}/readyz"), await client.get(f"{server.url}/readyz")
+                assert (head.status_code, head.content) == (200, b"")
+                assert head.headers["content-length"] == got.headers["content-length"] == str(len(got.content))
 
     run(main)
 

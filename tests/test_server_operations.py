@@ -37,6 +37,11 @@ def test_a_ready_node_says_so(app: FastAPI) -> None:
     assert call(app, "GET", "/readyz").json() == {"state": "ready", "reason": "", "epoch": 3, "phase": "ready"}
 
 
+@pytest.mark.parametrize("path", [*PROBES, "/metrics", "/v1/models", "/v1/cluster"])
+def test_what_can_be_read_can_be_asked_for_without_its_body(app: FastAPI, path: str) -> None:
+    assert call(app, "HEAD", path).status_code == 200
+
+
 @pytest.mark.parametrize("state", ["starting", "draining", "recovering", "failed"])
 def test_a_node_that_is_not_ready_is_alive_and_gives_its_reason(app: FastAPI, client: FakeClient, state: str) -> None:
     client.current = ready_state(state=state, reason="rank 1 loads", phase="load")

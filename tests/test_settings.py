@@ -378,6 +378,17 @@ def test_what_means_something_for_one_process_only_asks_for_one(option: dict[str
     assert Settings.load(option, environ={}).one_process
 
 
+def test_one_port_for_two_sockets_is_a_contradiction() -> None:
+    head = {"global_world_size": "2", "head_num_workers": "1"}
+    with pytest.raises(
+        SettingsError, match="TPDIST_PORT=8003, MISTRALRS_MN_HEAD_PORT=8003: each needs a port of its own"
+    ):
+        Settings.load({**head, "port": "8003", "head_port": "8003"}, environ={})
+    with pytest.raises(SettingsError, match="MISTRALRS_MN_HEAD_PORT=8003, TPDIST_STORE_PORT=8003"):
+        Settings.load({**head, "head_port": "8003", "store_port": "8003"}, environ={})
+    assert Settings.load({**head, "port": "0", "head_port": "8003", "store_port": "0"}, environ={}).port == 0
+
+
 def test_an_empty_device_map_or_limit_is_one_that_was_given() -> None:
     assert Settings.load({"device_map": {}}, environ={}).one_process
     assert Settings.load({"max_memory": {}}, environ={}).one_process

@@ -13,6 +13,7 @@ from tpdist.server.chat import chat_router
 from tpdist.server.client import EngineClient
 from tpdist.server.completions import completions_router
 from tpdist.server.errors import install_handlers
+from tpdist.server.head_requests import HeadAsGet
 from tpdist.server.metrics import Metrics
 from tpdist.server.operations import operations_router
 from tpdist.server.service import Service
@@ -58,4 +59,5 @@ def create_app(
     app.include_router(unsupported_router())
     install_handlers(app)
     app.add_middleware(RequireApiKey, keys=keys)
+    app.add_middleware(HeadAsGet)
     return app

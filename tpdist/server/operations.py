@@ -4,7 +4,6 @@ from typing import Any
 
 import msgspec
 from fastapi import APIRouter, Request, Response
-from fastapi.routing import APIRoute
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from tpdist.control.messages import ClusterState, DrainRequest
@@ -26,8 +25,6 @@ def operations_router(service: Service) -> APIRouter:
     router.include_router(_probes(service))
     router.include_router(_models(service))
     router.include_router(_cluster(service))
-    for route in [each for each in router.routes if isinstance(each, APIRoute) and each.methods == {"GET"}]:
-        router.add_api_route(route.path, route.endpoint, methods=["HEAD"], include_in_schema=False)
     return router
 
 
