@@ -11,7 +11,7 @@ from plans import small_config
 
 from tpdist.control.layout import make_layout, node_sizes
 from tpdist.control.messages import DeviceInfo, StageAssign
-from tpdist.control.placing import max_model_len
+from tpdist.control.placing import OneProcess, max_model_len
 from tpdist.control.route import addresses_towards, interface_of, is_link_local, is_loopback, without_zone
 from tpdist.control.state import Layout, NodeFacts, name_of
 from tpdist.errors import JoinError, PlanError
@@ -34,14 +34,16 @@ def node(key: int | None = None, *, probe: dict[str, Any] | None = None, **regis
     return NodeFacts(register_of(key, **register), fingerprint_of(name_of(key), **machine))
 
 
-def layout(*nodes: NodeFacts, world_size: int | None = None, **settings: Any) -> Layout:
+def layout(
+    *nodes: NodeFacts, world_size: int | None = None, one_process: OneProcess | None = None, **settings: Any
+) -> Layout:
     return make_layout(
         nodes,
         config=CONFIG,
         weights=decoder_weights(CONFIG),
         settings={**SETTINGS, **settings},
         explicit=set(settings),
-        one_process=None,
+        one_process=one_process,
         checkpoint_dtype="float32",
         global_world_size=world_size,
         store_port=7,
@@ -174,6 +176,21 @@ def test_no_longer_sequence_is_taken_than_the_plan_of_a_gpu_has_room_for() -> No
     (assign,) = made.assigns
     assert assign.max_model_len == made.placement.longest_context < min(512, 16 * assign.most_blocks)
     assert layout(node(), **asked).assigns[0].max_model_len == 512
+
+
+def test_the_batch_that_there_must_be_room_for_does_not_limit_one_sequence() -> None:
+    gpu = DeviceInfo(kind="cuda", index=0, name="H", total_bytes=740_900_000, free_bytes=740_900_000)
+    asked = {"max_num_seqs": 4, "max_num_batched_tokens": 16, "max_seq_len": 16, "gpu_memory_utilization": 1.0}
+    made = layout(node(probe={"devices": (gpu,)}), device="cuda", max_batch_size=4, **asked)
+    assert made.placement is not None
+    assert made.placement.longest_context < made.assigns[0].max_model_len == 512
+
+
+def test_the_cache_of_first_fit_is_what_its_own_reserves_leave() -> None:
+    one = OneProcess(placement="first-fit", device_layers=None, device_map=None, max_memory=None, disk=False)
+    for one_process, own in ((one, True), (replace(one, placement="exact"), False)):
+        (assign,) = layout(node(), one_process=one_process).assigns
+        assert assign.own_reserves is own
 
 
 def test_a_longer_sequence_than_the_model_supports_is_refused_with_both_numbers() -> None:

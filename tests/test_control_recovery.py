@@ -420,6 +420,19 @@ def test_a_replacement_with_which_the_model_does_not_fit_ends_alone_and_the_next
     assert head.state.members == {HEAD: None, "large": 0}
 
 
+def test_nodes_with_which_the_model_never_fitted_end_the_cluster_also_after_one_was_lost() -> None:
+    def plan(nodes: Sequence[NodeFacts]) -> Layout:
+        raise PlanError("2 GiB short")
+
+    head = Head(rules_of(1, max_restarts=3, plan=plan))
+    head.register(None, 0)
+    head.apply(HungUp(WORKER))
+    head.hear("other", register_of(0, instance="other"))
+    for instance in (HEAD, "other"):
+        head.hear(instance, fingerprint_of(instance))
+    assert head.state.outcome == (3, "2 GiB short")
+
+
 def test_nodes_with_which_the_model_does_not_fit_any_more_end_the_cluster() -> None:
     plans = iter([plan_one_rank_each])
 

@@ -9,15 +9,17 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from checkpoints import ARCHITECTURES, make_checkpoint, reference_logits
-from clusters import SETTINGS
+from clusters import SETTINGS, assigns_of
 from decoding import Tape
 from inventories import GIB, cpu, disk, inventory
 from safetensors import safe_open
 from torch import Tensor
 
+from tpdist.cache_room import blocks_with_room
 from tpdist.checkpoint.index import CheckpointIndex
 from tpdist.control.placing import OneProcess, demand_of, item_devices, place_layers, place_ranks
 from tpdist.engine.kv_cache import KVCache, allocate
@@ -308,6 +310,16 @@ def test_what_is_mapped_is_still_served_when_its_file_has_gone(tmp_path: Path) -
     expected = logits_of(model)
     (folder / "model.safetensors").unlink()
     assert torch.equal(logits_of(model), expected)
+
+
+def test_the_cache_of_a_plan_with_other_reserves_is_not_measured_again(tmp_path: Path) -> None:
+    """As on a machine that swaps, or a GPU that others use."""
+    model = loaded(make_checkpoint(tmp_path / "model", **ODD), items=["cpu"] * 7)
+    (assign,) = assigns_of([1])
+    asked = {**assign.settings, "kv_cache_memory_bytes": None, "dtype": "float32", "device": "cpu"}
+    planned = msgspec.structs.replace(assign, settings=asked, item_devices=("cpu",) * 7, most_blocks=1 << 40)
+    assert blocks_with_room(model, planned) < 1 << 40
+    assert blocks_with_room(model, msgspec.structs.replace(planned, own_reserves=True)) == 1 << 40
 
 
 # -- held and foretold ------------------------------------------------------------------------------------------------

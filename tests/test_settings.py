@@ -378,15 +378,19 @@ def test_what_means_something_for_one_process_only_asks_for_one(option: dict[str
     assert Settings.load(option, environ={}).one_process
 
 
-def test_one_port_for_two_sockets_is_a_contradiction() -> None:
+def test_one_port_for_two_sockets_of_a_node_is_found() -> None:
     head = {"global_world_size": "2", "head_num_workers": "1"}
-    with pytest.raises(
-        SettingsError, match="TPDIST_PORT=8003, MISTRALRS_MN_HEAD_PORT=8003: each needs a port of its own"
-    ):
-        Settings.load({**head, "port": "8003", "head_port": "8003"}, environ={})
-    with pytest.raises(SettingsError, match="MISTRALRS_MN_HEAD_PORT=8003, TPDIST_STORE_PORT=8003"):
-        Settings.load({**head, "head_port": "8003", "store_port": "8003"}, environ={})
-    assert Settings.load({**head, "port": "0", "head_port": "8003", "store_port": "0"}, environ={}).port == 0
+
+    def problems(**ports: str) -> list[str]:
+        return list(Settings.load({**head, **ports}, environ={}).taken_twice())
+
+    own = "each needs a port of its own; change one"
+    assert problems(port="8003", head_port="8003") == [f"TPDIST_PORT=8003, MISTRALRS_MN_HEAD_PORT=8003: {own}"]
+    twice = problems(head_port="8083", store_port="8083")
+    assert twice == [f"MISTRALRS_MN_HEAD_PORT=8083, TPDIST_STORE_PORT=8083: {own}"]
+    assert problems(port="0", head_port="8003", store_port="0") == []
+    worker = {"global_world_size": "2", "worker_id": "0", "worker_server_addr": "a:8000", "store_port": "8000"}
+    assert list(Settings.load(worker, environ={}).taken_twice()) == []
 
 
 def test_an_empty_device_map_or_limit_is_one_that_was_given() -> None:

@@ -16,8 +16,11 @@ from tpdist.preflight import cgroup
 
 
 def blocks_with_room(model: Decoder, assign: Assign) -> int:
-    """The most blocks for which every device of this rank has room. Raises PlanError if it is not even one."""
+    """The most blocks for which every device of this rank has room, or that are planned with other reserves. Raises
+    PlanError if it is not even one."""
     settings = assign.settings
+    if assign.own_reserves:
+        return assign.most_blocks
     blocks = [
         num_blocks_that_fit(
             budget_bytes=budget_bytes,

@@ -19,7 +19,7 @@ from pathlib import Path
 from tpdist import log
 from tpdist.control.agent import Outcome
 from tpdist.control.messages import ClusterState, RankUpdate
-from tpdist.errors import RequestError, TpdistError
+from tpdist.errors import RequestError, SettingsError, TpdistError
 from tpdist.node import Model, Node, handled_signals, open_model_later
 from tpdist.parent import follow_parent
 from tpdist.plan.placement import Placement
@@ -54,6 +54,8 @@ async def serve(
     """
     log.add_context(node=_node_name(settings))
     set_open_file_limit()
+    if problems := list(settings.taken_twice()):
+        raise SettingsError("\n".join(problems))
     listener = bind(settings.host, settings.port)
     api_keys = read_api_keys(settings.api_key_file)
     check_certificate(settings.ssl_certfile, settings.ssl_keyfile)

@@ -239,7 +239,6 @@ class Settings(PlacementSettings):
     def _local_contradictions(self) -> Iterator[str]:
         if (self.ssl_certfile is None) != (self.ssl_keyfile is None):
             yield "--ssl-certfile (TPDIST_SSL_CERTFILE) and --ssl-keyfile (TPDIST_SSL_KEYFILE) need each other"
-        yield from self._taken_twice()
         if self.heartbeat_interval_s >= self.node_lost_s:
             yield (
                 f"TPDIST_NODE_LOST_S={self.node_lost_s:g} must be more than "
@@ -254,9 +253,10 @@ class Settings(PlacementSettings):
         if self.key_file is not None:
             yield from _key_file_problems(self.key_file)
 
-    def _taken_twice(self) -> Iterator[str]:
-        """A port that two of this node's sockets are to listen on."""
-        ports = {"port": self.port, "head_port": self.head_port, "store_port": self.store_port}
+    def taken_twice(self) -> Iterator[str]:
+        """Ports that two sockets of a node that serves HTTP are to listen on."""
+        of_head = {} if self.head_num_workers is None else {"head_port": self.head_port, "store_port": self.store_port}
+        ports = {"port": self.port, **of_head}
         for name, other in combinations([name for name, port in ports.items() if port], 2):
             if ports[name] == ports[other]:
                 listed = ", ".join(f"{OPTIONS[each].variable}={ports[each]}" for each in (name, other))

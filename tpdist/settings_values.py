@@ -69,7 +69,7 @@ def parse_sizes(value: object) -> object:
         value = dict(zip(names, (size for _, _, size in pairs), strict=True))
     if not isinstance(value, dict):
         return value
-    return {str(name): None if size == "auto" else parse_bytes(size) for name, size in value.items()}
+    return {str(name): None if _is_auto(size) else parse_bytes(size) for name, size in value.items()}
 
 
 def file_problem(path: Path) -> str:
@@ -83,3 +83,7 @@ def file_problem(path: Path) -> str:
     if stat.S_ISDIR(mode):
         return "a folder, not a file"
     return "" if stat.S_ISREG(mode) else "not a regular file"
+
+
+def _is_auto(size: object) -> bool:
+    return isinstance(size, str) and size.strip().lower() == "auto"

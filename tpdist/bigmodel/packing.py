@@ -53,7 +53,7 @@ def _options(needs: Sequence[int], held: Sequence[int], left: Sequence[int], tot
     item, smallest = len(held), needs[-1]
     if total > sum(room for room in left if room >= smallest):
         return []
-    if needs[item] == smallest and len(needs) - item > sum(room // smallest for room in left):
+    if 0 < needs[item] == smallest and len(needs) - item > sum(room // smallest for room in left):
         return []
     first = held[-1] if item and needs[item] == needs[item - 1] else 0
     fitting = {left[room]: room for room in reversed(range(first, len(left))) if left[room] >= needs[item]}

@@ -165,8 +165,8 @@ def _compare(state: State, now: float, rules: Rules) -> Answer:
     try:
         layout = rules.plan(facts)
     except TpdistError as error:
-        newcomers = [node for node in ordered if state.restarts and not node.has_run]
-        if newcomers:
+        newcomers = [node for node in ordered if node.register.worker_id is not None and not node.has_run]
+        if newcomers and any(node.has_run for node in ordered):
             return _refuse_newcomers(state.enter("register", now), newcomers, error)
         return end(state, error.exit_code, str(error), now)
     epoch = state.epoch + 1

@@ -86,6 +86,7 @@ def make_layout(
             stages=stages_of_all,
             item_devices=devices_of_items,
             most_blocks=placement.extra["num_blocks"],
+            own_reserves=placement.method == "first-fit",
             backend=backend,
             threads=threads[index],
             interface=head.interface_for(node),
@@ -107,7 +108,7 @@ def _longest_sequence(placement: Placement, *, device: str) -> int:
     are the plan's: on GPUs, and in one process. CPU ranks have the memory that they find."""
     most = placement.demand.max_model_len
     is_planned = device == "cuda" or placement.method != "ranks"
-    return min(most, placement.longest_context) if is_planned else most
+    return min(most, placement.extra["longest_sequence"]) if is_planned else most
 
 
 def _stages(config: ModelConfig, placement: Placement) -> tuple[StageAssign, ...]:

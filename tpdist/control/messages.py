@@ -129,7 +129,7 @@ class Assign(Message, frozen=True):
     interface for collectives. `settings` are the head's plan and engine settings, which hold on all nodes, with
     nothing left "auto". Rank r is number r % tp_size of stage r // tp_size. `item_devices`, where one process has all
     layers: the devices of the embedding, each layer, and the output, in this order. `most_blocks`: what the cache may
-    have by the plan."""
+    have by the plan; `own_reserves`: it leaves other reserves than a rank does that measures what is free."""
 
     cluster_id: str
     epoch: int
@@ -151,6 +151,7 @@ class Assign(Message, frozen=True):
     store_port: int
     max_model_len: int
     settings: dict[str, Any]
+    own_reserves: bool = False
 
 
 class Listening(Message, frozen=True):

@@ -69,7 +69,7 @@ def _first_fit(task: Task, demand: Demand) -> Placement:
     problem = own.fixed(layers)
     fit = shrunk([problem], demand)
     if fit is None:
-        raise refusal([problem], demand)
+        raise refusal([task.fixed(layers)], demand)
     notes = shrink_notes(demand, fit, problem.closest(demand)) if fit.demand != demand else ()
     return with_real_devices(_beside_exact(task, fit, method="first-fit", notes=(*warnings, *notes)), task)
 

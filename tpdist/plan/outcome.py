@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 from tpdist.plan import costs
 from tpdist.plan.fitting import Fit, longest_context
@@ -40,7 +41,7 @@ def placement(
         rejected=tuple(rejected),
         notes=(*_cut_context(fit), *notes),
         advice=tuple(advice),
-        extra={"num_blocks": fit.num_blocks},
+        extra={"num_blocks": fit.num_blocks, "longest_sequence": _longest_sequence(fit)},
     )
 
 
@@ -55,6 +56,11 @@ def _cut_context(fit: Fit) -> tuple[str, ...]:
         f"--max-seq-len {demand.max_seq_len} is more than {limit}: planned for {demand.max_model_len} tokens of one "
         "sequence",
     )
+
+
+def _longest_sequence(fit: Fit) -> int:
+    """Of one alone, whatever the batch that there must be room for."""
+    return longest_context(replace(fit, demand=replace(fit.demand, max_batch_size=1)))
 
 
 def candidate(fit: Fit, *, reason: str) -> Candidate:

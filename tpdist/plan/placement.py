@@ -127,7 +127,7 @@ class Placement:
     longest sequences, `max_batch_size` of them at once, that fit by all bytes that are counted, at most the model's.
     `notes`: what was shrunk or decided for the user, a sentence each. `advice`: what would be faster or roomier, a
     sentence each. `demand` is what is left of the user's after shrinking. `extra`: "num_blocks", of the cache on every
-    device."""
+    device, and "longest_sequence", the longest context of one alone."""
 
     architecture: str
     method: Method
