@@ -77,7 +77,8 @@ async def serve(
                 follow_parent(os.getppid(), signal.SIGUSR1)
             running = asyncio.create_task(node.run())
             await asyncio.wait({running, opening}, return_when=asyncio.FIRST_COMPLETED)
-            if opening.done() and opening.exception() is None:
+            # A node that is told to end stops opening its model.
+            if opening.done() and not opening.cancelled() and opening.exception() is None:
                 await _serve_http(settings, opening.result(), model, node, running, listener, api_keys, on_ready)
             return await running
 

@@ -409,7 +409,11 @@ def test_a_worker_with_another_number_of_stages_disagrees(processes: Processes, 
             {"MISTRALRS_NO_NCCL": "1"}, ("-n", "0:3"), PLAN, ["0:3", "there are none"], id="layers on a GPU that is not"
         ),
         pytest.param(
-            {"TPDIST_DEVICE_MAP": '{"": "disk"}'}, (), PLAN, ["disk", "only cpu"], id="the disk without a folder"
+            {"TPDIST_DEVICE_MAP": '{"": "disk"}'},
+            (),
+            PLAN,
+            ["disk", "--offload-folder"],
+            id="the disk without a folder",
         ),
         pytest.param(
             {"TPDIST_MAX_MEMORY": "cpu=257MiB"},
