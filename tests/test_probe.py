@@ -161,3 +161,13 @@ def test_on_a_machine_with_gpus_they_are_reported_with_their_memory() -> None:
     for device in report.devices:
         assert device.kind == "cuda"
         assert 0 < device.free_bytes <= device.total_bytes
+
+
+def test_a_probe_does_not_outlive_who_asked_for_it() -> None:
+    """One that waits for a stuck GPU goes with its agent; here that has gone before."""
+    command = [sys.executable, "-m", "tpdist.probe", "--json", "--parent-pid"]
+    asked = subprocess.run([*command, str(os.getpid())], capture_output=True, timeout=60)
+    assert asked.returncode == 0
+    left = subprocess.run([*command, "1"], capture_output=True, text=True, timeout=60)
+    assert left.returncode != 0
+    assert "the parent process 1 has ended" in left.stderr
