@@ -11,7 +11,7 @@ import torch
 from tpdist.control.messages import Assign
 from tpdist.engine.kv_cache import CacheShapes, bytes_per_token, num_blocks_that_fit
 from tpdist.models.decoder import Decoder
-from tpdist.plan.memory import cpu_cache_budget, cuda_usable_bytes
+from tpdist.plan.memory import cpu_cache_budget, cuda_usable_bytes, is_planned
 from tpdist.preflight import cgroup
 
 
@@ -31,13 +31,8 @@ def blocks_with_room(model: Decoder, assign: Assign) -> int:
         )
         for budget_bytes, shapes in _budgets(model, assign)
     ]
-    return min([*blocks, assign.most_blocks] if _follows_plan(assign) else blocks)
-
-
-def _follows_plan(assign: Assign) -> bool:
-    """Whether the plan knows better than what is free now: it keeps room for activations, which a GPU needs, and for
-    what the user allowed each device of one process."""
-    return bool(assign.item_devices) or assign.settings["device"] == "cuda"
+    planned = is_planned(device=settings["device"], one_process=bool(assign.item_devices))
+    return min([*blocks, assign.most_blocks] if planned else blocks)
 
 
 def _budgets(model: Decoder, assign: Assign) -> Iterator[tuple[int, CacheShapes]]:

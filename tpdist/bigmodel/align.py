@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from tpdist.bigmodel.hooks import ModelHook, SequentialHook
 from tpdist.bigmodel.move import find_device, send_to_device
+from tpdist.bigmodel.sizes import joined
 from tpdist.bigmodel.sources import Source
 from tpdist.errors import TpdistError
 
@@ -54,7 +55,7 @@ def slots(model: nn.Module, *, prefix: str = "", recurse: bool = True) -> Iterat
     """Every place of a parameter or buffer, also where one tensor stands at several; a module once."""
     modules = model.named_modules() if recurse else iter([("", model)])
     for path, owner in modules:
-        start = ".".join(filter(None, (prefix, path)))
+        start = joined(prefix, path)
         for leaf, tensor in (*owner._parameters.items(), *owner._buffers.items()):
             if tensor is not None:
                 yield Slot(f"{start}.{leaf}" if start else leaf, owner, leaf)

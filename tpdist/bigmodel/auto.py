@@ -30,6 +30,7 @@ from tpdist.bigmodel.sizes import (
     class_names,
     direct_parts,
     is_whole,
+    joined,
     loaded_byte_size,
     special_types,
 )
@@ -196,7 +197,7 @@ def _unit(name: str, part: nn.Module | Tensor, sizes: _Sizes, counted: set[int])
         tensors = {**dict(part.named_parameters()), **dict(part.named_buffers())}
     num_bytes = layer_bytes = 0
     for leaf, tensor in tensors.items():
-        size = sizes.of(".".join(filter(None, (name, leaf))), tensor)
+        size = sizes.of(joined(name, leaf), tensor)
         layer_bytes += size
         if id(tensor) not in counted:
             num_bytes += size
@@ -261,4 +262,4 @@ def _in_model_order(model: nn.Module, names: Mapping[str, Device]) -> Iterable[s
         elif isinstance(part, nn.Module):
             # Not direct_parts, which has what stands twice once.
             parts = {**part._parameters, **part._modules, **part._buffers}
-            pending += [(f"{name}.{leaf}" if name else leaf, parts[leaf]) for leaf in reversed(parts)]
+            pending += [(joined(name, leaf), parts[leaf]) for leaf in reversed(parts)]

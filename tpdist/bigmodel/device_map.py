@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tpdist.bigmodel.devices import Device, DeviceMapError, check_devices
-from tpdist.bigmodel.sizes import prefixes
+from tpdist.bigmodel.sizes import joined, prefixes
 
 Placed = Device | torch.device
 NUM_SHOWN = 5
@@ -55,7 +55,7 @@ def _buffer_names(model: nn.Module) -> Iterator[str]:
         seen.add(id(module))
         for leaf, buffer in module._buffers.items():
             if buffer is not None and leaf not in left_out:
-                yield f"{path}.{leaf}" if path else leaf
+                yield joined(path, leaf)
 
 
 def add_second_names(model: nn.Module, device_map: dict[str, Device]) -> None:
@@ -76,7 +76,7 @@ def _every_name(model: nn.Module) -> Iterator[tuple[str, nn.Module | Tensor]]:
     for path, module in model.named_modules(remove_duplicate=False):
         own = {**module._modules, **module._parameters, **module._buffers}
         for leaf, part in own.items():
-            name = f"{path}.{leaf}" if path else leaf
+            name = joined(path, leaf)
             if part is not None and name in around:
                 yield name, part
 

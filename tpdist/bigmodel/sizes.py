@@ -44,6 +44,11 @@ def _parse_size(size: str) -> int | None:
     return None
 
 
+def joined(*parts: str) -> str:
+    """A dotted name; the top module's is empty."""
+    return ".".join(filter(None, parts))
+
+
 def as_dtype(dtype: Dtype) -> torch.dtype:
     """The type of "float16", "torch.float16" or torch.float16 itself. Raises DeviceMapError for another word."""
     if isinstance(dtype, torch.dtype):
@@ -157,7 +162,7 @@ def direct_parts(name: str, module: nn.Module) -> list[Part]:
         *module.named_children(),
         *module.named_buffers(recurse=False),
     ]
-    return [(f"{name}.{leaf}" if name else leaf, part) for leaf, part in parts]
+    return [(joined(name, leaf), part) for leaf, part in parts]
 
 
 def get_max_layer_size(

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from tpdist.bigmodel.device_map import Placed, device_of
+from tpdist.bigmodel.sizes import joined
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +83,7 @@ def report_ties(model: nn.Module, device_map: Mapping[str, Placed]) -> None:
         for name in group:
             owner, _, leaf = name.rpartition(".")
             first = first_names[id(model.get_submodule(owner))]
-            places.setdefault(".".join(filter(None, (first, leaf))), []).append(name)
+            places.setdefault(joined(first, leaf), []).append(name)
         groups.append(list(places))
         for first, names in places.items():
             others = {name: device_of(name, device_map) for name in names if name != first}

@@ -10,11 +10,10 @@ from dataclasses import replace
 
 from tpdist.control.messages import ProbeReport
 from tpdist.errors import PlanError
-from tpdist.plan.devices import DISK_BANDWIDTH, bandwidth_of
+from tpdist.plan.devices import bandwidth_of, disk_of
 from tpdist.plan.inventory import make_devices
 from tpdist.plan.placement import Device
 
-DISK_BYTES = 2**40
 _KINDS = ("cuda", "cpu", "disk")
 
 
@@ -71,21 +70,10 @@ def process_devices(
     be used than `max_memory` allows, nor than else. Raises PlanError for a device that is not there."""
     found = [device for device in devices if device.kind != "cuda" or not cpu_only]
     if disk:
-        found.append(_disk(found[0].node))
+        found.append(disk_of(found[0].node))
     if max_memory is not None:
         found = _limited(found, max_memory)
     return sorted(found, key=lambda device: _KINDS.index(device.kind))
-
-
-def _disk(node: str) -> Device:
-    return Device(
-        name="disk",
-        kind="disk",
-        node=node,
-        total_bytes=DISK_BYTES,
-        free_bytes=DISK_BYTES,
-        bandwidth=DISK_BANDWIDTH,
-    )
 
 
 def _with_limit(device: Device, size: int | None) -> Device:

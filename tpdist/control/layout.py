@@ -23,7 +23,7 @@ from tpdist.control.placing import (
 from tpdist.control.route import LOOPBACK, is_link_local, is_loopback, without_zone
 from tpdist.control.state import Layout, NodeFacts
 from tpdist.errors import PlanError
-from tpdist.plan.memory import DTYPE_BYTES, kv_bytes_per_token
+from tpdist.plan.memory import DTYPE_BYTES, is_planned, kv_bytes_per_token
 from tpdist.plan.model_config import ModelConfig
 from tpdist.plan.placement import Placement
 from tpdist.plan.shards import Axis, Blocks, Partition, Rows, Weights, key_value_heads, query_heads
@@ -104,11 +104,11 @@ def make_layout(
 
 
 def _longest_sequence(placement: Placement, *, device: str) -> int:
-    """Tokens of the longest sequence that is taken. What a longer one gathers for attention has no room where all bytes
-    are the plan's: on GPUs, and in one process. CPU ranks have the memory that they find."""
+    """Tokens of the longest sequence that is taken. What a longer one gathers for attention has no room where the cache
+    is the plan's. CPU ranks have the memory that they find."""
     most = placement.demand.max_model_len
-    is_planned = device == "cuda" or placement.method != "ranks"
-    return min(most, placement.extra["longest_sequence"]) if is_planned else most
+    planned = is_planned(device=device, one_process=placement.method != "ranks")
+    return min(most, placement.extra["longest_sequence"]) if planned else most
 
 
 def _stages(config: ModelConfig, placement: Placement) -> tuple[StageAssign, ...]:

@@ -58,6 +58,7 @@ NAMES = tuple(_GPUS)
 CPU_BANDWIDTH = 35e9
 """A machine's memory, read by a few cores."""
 
+DISK_BYTES = 2**40
 DISK_BANDWIDTH = 2e9
 """A solid-state drive."""
 
@@ -79,6 +80,18 @@ def memory_of(name: str) -> int | None:
     """Memory of a GPU by a name such as H100 or `NVIDIA A100-SXM4-40GB`; None if it is not known."""
     known = _find(name)
     return None if known is None else known.memory_bytes
+
+
+def disk_of(node: str) -> Device:
+    """The disk of a node, as far as a placement knows it."""
+    return Device(
+        name="disk",
+        kind="disk",
+        node=node,
+        total_bytes=DISK_BYTES,
+        free_bytes=DISK_BYTES,
+        bandwidth=DISK_BANDWIDTH,
+    )
 
 
 def bandwidth_of(name: str, *, kind: str, total_bytes: int = 0) -> float:

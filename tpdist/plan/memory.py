@@ -38,6 +38,12 @@ def cuda_usable_bytes(*, free_bytes: int, total_bytes: int, gpu_memory_utilizati
     return max(0, int(free_bytes - (1 - gpu_memory_utilization) * total_bytes))
 
 
+def is_planned(*, device: str, one_process: bool) -> bool:
+    """Whether the plan knows better than a rank that measures what is free: it keeps room for activations, which a GPU
+    needs, and for what the user allowed each device of one process."""
+    return one_process or device == "cuda"
+
+
 def cpu_cache_budget(available_bytes: int, *, local_ranks: int) -> int:
     """Bytes for the cache of each of a machine's ranks, from what is available once all have their weights."""
     return min(DEFAULT_CPU_CACHE_BYTES, max(0, available_bytes) // 4) // local_ranks

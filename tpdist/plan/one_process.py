@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from tpdist.errors import DoesNotFitError
 from tpdist.plan import costs
 from tpdist.plan.amounts import amount
+from tpdist.plan.devices import disk_of
 from tpdist.plan.fitting import Fit, Problem
 from tpdist.plan.memory import DEFAULT_CPU_CACHE_BYTES
 from tpdist.plan.orders import is_too_large
@@ -216,5 +217,4 @@ def _with_cpu(task: Task, size: int) -> Task:
 
 
 def _with_disk(task: Task) -> Task:
-    disk = replace(task.devices[0], name="disk", kind="disk", total_bytes=2**60, free_bytes=2**60, limit_bytes=None)
-    return replace(_with(task, [*task.devices, disk]), allow_disk=True)
+    return replace(_with(task, [*task.devices, disk_of(task.devices[0].node)]), allow_disk=True)

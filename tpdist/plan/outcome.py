@@ -25,6 +25,8 @@ def placement(
     in_ranks = fit.layout.mode == "ranks"
     plans = [_device_plan(fit, need, rank if in_ranks else None) for rank, need in enumerate(fit.needs)]
     plans += [_idle(fit, device) for device in unused]
+    longest = longest_context(fit)
+    alone = longest if fit.demand.max_batch_size == 1 else _longest_sequence(fit)
     return Placement(
         architecture=fit.layout.model.config.architecture,
         method=method,
@@ -35,13 +37,16 @@ def placement(
         pp_size=len(fit.found.places),
         stage_layers=tuple(need.layers for need in fit.needs if need.tp_rank == 0),
         shares=tuple(fit.layout.places[place].partition.shares for place in fit.found.places),
-        longest_context=longest_context(fit),
+        longest_context=longest,
         latency_s=fit.latency_s,
         slowest_stage_s=fit.slowest_stage_s,
         rejected=tuple(rejected),
         notes=(*_cut_context(fit), *notes),
         advice=tuple(advice),
-        extra={"num_blocks": fit.num_blocks, "longest_sequence": _longest_sequence(fit)},
+        extra={
+            "num_blocks": fit.num_blocks,
+            "longest_sequence": alone,
+        },
     )
 
 
